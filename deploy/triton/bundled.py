@@ -40,7 +40,8 @@ START_ATTEMPTS = 3
 LOG_TAIL_LINES = 15
 
 # The server's libc must see PR_SET_PDEATHSIG before the binary starts. A tiny exec shim does it, not
-# preexec_fn, which may deadlock in a process with threads; the getppid check closes the race with a dying parent.
+# preexec_fn, which may deadlock in a process with threads; the getppid check closes the race with a
+# dying parent.
 _SHIM = """
 import ctypes, os, signal, sys
 ctypes.CDLL(None).prctl(1, signal.SIGTERM)
@@ -51,7 +52,7 @@ os.execv(sys.argv[2], sys.argv[2:])
 
 
 class BundledTritonError(RuntimeError):
-    """The bundled server is not installed, did not become ready, or died; the message carries its log's tail."""
+    """The bundled server is not installed, did not become ready, or died; the message carries the log tail."""
 
 
 def bundled_triton_available() -> tuple[bool, str]:
@@ -74,10 +75,10 @@ def bundled_triton_available() -> tuple[bool, str]:
 
 
 class BundledTriton:
-    """Runs `tritonserver` over the given model repositories; every model in them is loaded before entry returns.
+    """Runs `tritonserver` over the given model repositories; every model is loaded before entry returns.
 
-    `grpc_url`, `http_url` and `metrics_url` are host:port on 127.0.0.1, set on entry. The server ends with the
-    block, and with this process however it dies (PR_SET_PDEATHSIG). Raises `BundledTritonError`.
+    `grpc_url`, `http_url` and `metrics_url` are host:port on 127.0.0.1, set on entry. The server ends with
+    the block, and with this process however it dies (PR_SET_PDEATHSIG). Raises `BundledTritonError`.
     """
 
     def __init__(self, *models: Path, ready_timeout_s: float = READY_TIMEOUT_S) -> None:
@@ -273,7 +274,7 @@ def _command(
 
 
 def _backends(work: Path) -> Path:
-    """Lays out work/backends/python as the server expects it: the wheel's backend and the stub side by side."""
+    """Lays out work/backends/python as the server expects it: backend and stub side by side."""
     folder = work / "backends" / "python"
     folder.mkdir(parents=True)
     wheel = _server_binary().parents[1] / "backends" / "python"
