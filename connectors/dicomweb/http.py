@@ -1,0 +1,126 @@
+"""HTTP for DICOMweb: opens clients from the settings, and turns answers and failures into connector errors."""
+
+import logging
+import ssl
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import TypedDict
+
+import httpx
+
+from connectors.dicomweb.config import DicomwebConfig
+from connectors.errors import ConnectorError, Permanent, Retryable
+
+# httpx prints every URL at INFO, and a QIDO query holds patient names and ids.
+logging.getLogger("httpx").setLevel(logging.WARNING)
+
+_RETRYABLE_STATUS = (408, 425, 429)
+
+
+class _Options(TypedDict):
+    verify: ssl.SSLContext
+    headers: dict[str, str]
+    auth: httpx.BasicAuth | None
+    limits: httpx.Limits
+    trust_env: bool
+
+
+def _tls(config: DicomwebConfig) -> ssl.SSLContext:
+    context = ssl.create_default_context(cafile=config.ca_file)
+    if config.client_cert_file:
+        context.load_cert_chain(config.client_cert_file, config.client_key_file)
+    return context
+
+
+def client_options(config: DicomwebConfig) -> _Options:
+    """The options that both kinds of httpx client share. Proxies of the environment are not used."""
+    headers = {"Accept-Encoding": "identity"}
+    if config.token:
+        headers["Authorization"] = f"Bearer {config.token.get_secret_value()}"
+    auth = None
+    if config.user and config.password:
+        auth = httpx.BasicAuth(config.user, config.password.get_secret_value())
+    # Orthanc and others drop an idle connection after one second; reusing it just then would fail.
+    limits = httpx.Limits(max_connections=8, keepalive_expiry=0.5)
+    return {"verify": _tls(config), "headers": headers, "auth": auth, "limits": limits, "trust_env": False}
+
+
+def timeouts(config: DicomwebConfig, *, read_s: float | None = None) -> httpx.Timeout:
+    """Connect, read and write limits of one request."""
+    silence_s = read_s or config.read_timeout_s
+    return httpx.Timeout(silence_s, connect=config.connect_timeout_s, pool=config.connect_timeout_s)
+
+
+def retry_after_s(answer: httpx.Response) -> float | None:
+    """Seconds the server asks to wait (RFC 9110 10.2.3: a number, or an HTTP date), None if it does not say."""
+    value = answer.headers.get("retry-after", "").strip()
+    if value.isascii() and value.isdigit():
+        return float(value)
+    try:
+        moment = parsedate_to_datetime(value)
+    except ValueError:
+        return None
+    aware = moment if moment.tzinfo else moment.replace(tzinfo=UTC)
+    return max(0.0, (aware - datetime.now(UTC)).total_seconds())
+
+
+def status_error(answer: httpx.Response, where: str, missing: str) -> ConnectorError | None:
+    """The error that an HTTP status stands for, None for 2xx. `missing` is what a 404 means here."""
+    status = answer.status_code
+    if answer.is_success:
+        return None
+    if status in (401, 403):
+        return Permanent(
+            f"{where}: not allowed (HTTP {status}). Check token, or user and password, and the rights of this user."
+        )
+    if status == 404:
+        return Permanent(f"{where}: {missing} (HTTP 404).")
+    if status in _RETRYABLE_STATUS or status >= 500:
+        return Retryable(f"{where}: the server cannot answer now (HTTP {status}).", retry_after_s=retry_after_s(answer))
+    if answer.is_redirect:
+        return Permanent(f"{where}: redirects elsewhere (HTTP {status}). Set url to the final address.")
+    return Permanent(f"{where}: refused the request (HTTP {status}). Check url and what this server supports.")
+
+
+@contextmanager
+def http_failures(where: str, config: DicomwebConfig) -> Iterator[None]:
+    """Turns failures of the connection into Retryable, and those that the settings cause into Permanent."""
+    try:
+        yield
+    except httpx.ConnectTimeout as error:
+        raise Retryable(f"{where}: no connection within connect_timeout_s={config.connect_timeout_s:g}.") from error
+    except httpx.TimeoutException as error:
+        raise Retryable(f"{where}: the server fell silent for longer than its time limit.") from error
+    except TimeoutError as error:
+        raise Retryable(f"{where}: the answer took longer than its time limit.") from error
+    except httpx.ConnectError as error:
+        raise _connect_error(error, where) from error
+    except (httpx.UnsupportedProtocol, httpx.InvalidURL, httpx.LocalProtocolError) as error:
+        raise Permanent(f"{where}: the request cannot be sent. Check url and token.") from error
+    except httpx.TransportError as error:
+        raise Retryable(f"{where}: the connection broke ({type(error).__name__}).") from error
+
+
+def _connect_error(error: httpx.ConnectError, where: str) -> ConnectorError:
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return Permanent(
+                f"{where}: its certificate is not trusted ({cause.verify_message}). Check ca_file and url."
+            )
+        cause = cause.__cause__ or cause.__context__
+    return Retryable(f"{where}: no connection ({error}). Check that the server runs and url is right.")
+
+
+class Deadline:
+    """A moment after which `check` raises TimeoutError; for transfers that never fall silent but never end."""
+
+    def __init__(self, seconds: float) -> None:
+        self._end = time.monotonic() + seconds
+
+    def check(self) -> None:
+        if time.monotonic() > self._end:
+            raise TimeoutError
