@@ -62,7 +62,7 @@ LONGEST_DIAMETER_3D = Code("L0JK", "IBSI", "Maximum 3D Diameter of a Mesh")
 ADC = Code("113041", "DCM", "Apparent Diffusion Coefficient")
 PSA = Code("2857-1", "LN", "Prostate specific Ag [Mass/volume] in Serum or Plasma")
 PSA_DENSITY = Code("15325-4", "LN", "Prostate specific Antigen Density")
-CONFIDENCE = Code("111013", "DCM", "Certainty of finding")
+CONFIDENCE = Code("111012", "DCM", "Certainty of Finding")
 
 # How a quantity was made
 MEAN = Code("373098007", "SCT", "Mean")
