@@ -1,0 +1,292 @@
+"""The findings as one HL7 v2.5.1 ORU^R01^ORU_R01 message.
+
+Source: HL7 v2.5.1 chapters 2 (control), 3 (PID, PV1), 4 (ORC, OBR) and 7 (OBX, ORU); ../shared/STANDARDS.md.
+Numbers of the order that it does not state stay empty; nothing is taken from the images in their place.
+"""
+
+import re
+import textwrap
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import timedelta, timezone
+
+from mappings.model.codes import Code
+from mappings.model.findings import Assessment, AssessmentInput, Finding, Findings, Measurement, Status
+from mappings.model.ids import derive_control_id
+from mappings.model.study import PatientIdentity
+from mappings.outputs.er7 import (
+    LINE_BREAK,
+    Component,
+    Field,
+    Repetition,
+    Verbatim,
+    format_date,
+    format_time,
+    text_value,
+    write_message,
+    write_segment,
+)
+from mappings.outputs.impression import findings_to_impression
+
+IMAGING_STUDY = Code("18748-4", "LN", "Diagnostic imaging study")
+STUDY_OBSERVATION = Code("18782-3", "LN", "Radiology Study observation (narrative)")
+IMPRESSION = Code("19005-8", "LN", "Radiology Imaging study [Impression] (narrative)")
+STUDY_UID = Code("110180", "DCM", "Study Instance UID")
+TRACKING_ID = Code("112039", "DCM", "Tracking Identifier")
+TRACKING_UID = Code("112040", "DCM", "Tracking Unique Identifier")
+FINDING = Code("121071", "DCM", "Finding")
+FINDING_SITE = Code("363698007", "SCT", "Finding Site")
+LATERALITY = Code("272741003", "SCT", "Laterality")
+
+HL7_SCHEMES = {"IBSI": "99IBSI", "": "L"}
+"""HL7 table 0396 names of the schemes that differ from DICOM's; LN, SCT, DCM, UCUM and RADLEX are the same."""
+
+RESULT_STATUS: dict[Status, tuple[str, str]] = {
+    "preliminary": ("P", "P"),
+    "final": ("F", "F"),
+    "amended": ("C", "C"),
+    "corrected": ("C", "C"),
+    "entered-in-error": ("C", "W"),
+}
+"""OBR-25 (table 0123, which has no "wrong") and OBX-11 (table 0085) of each status."""
+
+PERSON_NAME_PARTS = 5
+"""Components of a DICOM person name: family, given, middle, prefix, suffix."""
+
+SHORT_TEXT_LENGTH = 199
+"""Longest ST of v2.5.1 (2A.74). Free text is cut to it with an ellipsis; names and identifiers never are."""
+
+LINE_LENGTH = 80
+"""Characters of one narrative line; many RIS screens cut off what is longer."""
+
+_OID = re.compile(r"[0-2](\.(0|[1-9]\d*))+")
+
+
+@dataclass(frozen=True)
+class _Common:
+    """What every OBX of one message shares."""
+
+    status: str
+    observed: str
+    analysed: str
+    model: tuple[str, ...]
+
+
+def _clip(words: str) -> str:
+    return words if len(words) <= SHORT_TEXT_LENGTH else f"{words[: SHORT_TEXT_LENGTH - 3]}..."
+
+
+def _coded(code: Code, alternate: tuple[str, str] | None = None) -> tuple[str, ...]:
+    """CE/CWE of a code; `alternate` (key, label) names it once more in Wetread's own scheme."""
+    first = (code.value, _clip(code.meaning), HL7_SCHEMES.get(code.scheme, code.scheme))
+    return (*first, *alternate, "99WETREAD") if alternate else first
+
+
+def _write_obx(
+    common: _Common,
+    kind: str,
+    observation: tuple[str, ...],
+    value: Field,
+    *,
+    unit: Code | None = None,
+    flag: str = "",
+    method: Field = "",
+) -> list[Field]:
+    """OBX-2 to OBX-19 with OBX-4 empty: the message gives the sub-id and OBX-1."""
+    coded_unit = _coded(unit) if unit else ""
+    result: list[Field] = [kind, observation, "", value, coded_unit, "", flag, "", "", common.status]
+    source: list[Field] = ["", "", common.observed, "", "", method, common.model, common.analysed]
+    return result + source
+
+
+def _abnormal_flag(assessment: Assessment) -> str:
+    """`A` (table 0078) for PI-RADS 4 and 5, likely and highly likely cancer; other rules set none here."""
+    return "A" if assessment.rule.startswith("pirads") and assessment.score in {"4", "5"} else ""
+
+
+def _method(measurement: Measurement) -> Field:
+    methods: list[Repetition] = [_coded(c) for c in (measurement.method, measurement.derivation) if c]
+    return methods or ""
+
+
+def _write_input(common: _Common, assessment: Assessment, given: AssessmentInput) -> list[Field]:
+    key = f"{assessment.key}.{given.name}"
+    name = _coded(given.concept, (key, given.name)) if given.concept else (key, given.name, "99WETREAD")
+    rule: Field = ("", assessment.rule)
+    if given.code:
+        return _write_obx(common, "CWE", name, _coded(given.code), method=rule)
+    return _write_obx(common, "ST", name, _clip(given.value), method=rule)
+
+
+def _write_assessment(common: _Common, assessment: Assessment) -> Iterator[list[Field]]:
+    """The category, what the rule looked at, and how it got there."""
+    named = _coded(assessment.concept, (assessment.key, assessment.label))
+    rule: Field = ("", assessment.rule)
+    value = _coded(assessment.value, (assessment.score, f"{assessment.label} {assessment.score}"))
+    yield _write_obx(common, "CWE", named, value, flag=_abnormal_flag(assessment), method=rule)
+    for given in assessment.inputs:
+        yield _write_input(common, assessment, given)
+    derivation = (f"{assessment.key}.derivation", f"{assessment.label}: derivation", "99WETREAD")
+    yield _write_obx(common, "TX", derivation, text_value(assessment.explanation), method=rule)
+
+
+def _write_place(common: _Common, finding: Finding) -> Iterator[list[Field]]:
+    places = (
+        (FINDING_SITE, "site", "Finding site", finding.site),
+        (LATERALITY, "side", "Side", finding.laterality),
+        (FINDING_SITE, "zone", "Zone", finding.zone),
+        (FINDING_SITE, "sector", "Sector", finding.sector),
+    )
+    for concept, key, label, code in places:
+        if code is not None:
+            yield _write_obx(common, "CWE", _coded(concept, (key, label)), _coded(code))
+    if finding.level:
+        yield _write_obx(common, "ST", ("level", "Level", "99WETREAD"), finding.level)
+
+
+def _write_finding(common: _Common, finding: Finding) -> Iterator[list[Field]]:
+    """What it is and where, each measurement, each assessment."""
+    yield _write_obx(common, "CWE", _coded(FINDING), _coded(finding.kind))
+    yield _write_obx(common, "ST", _coded(TRACKING_ID), finding.tracking_id)
+    yield _write_obx(common, "ST", _coded(TRACKING_UID), finding.tracking_uid)
+    yield from _write_place(common, finding)
+    for m in finding.measurements:
+        yield _write_obx(common, "NM", _coded(m.concept, (m.key, m.label)), m.text, unit=m.unit, method=_method(m))
+    for assessment in finding.assessments:
+        yield from _write_assessment(common, assessment)
+
+
+def _write_study(common: _Common, findings: Findings) -> Iterator[list[Field]]:
+    yield _write_obx(common, "ST", _coded(STUDY_UID), findings.study_instance_uid)
+    for assessment in findings.assessments:
+        yield from _write_assessment(common, assessment)
+
+
+def _break_line(line: str) -> list[str]:
+    """A line as lines of at most LINE_LENGTH characters; the indentation stays on the first."""
+    if len(line) <= LINE_LENGTH:
+        return [line.rstrip()]
+    return textwrap.wrap(line, LINE_LENGTH) or [""]
+
+
+def _narrative_values(text: str) -> list[Verbatim]:
+    """One TX value a line. An empty line has no value of its own (OBX-5 must be valued): it is a line break
+    at the end of the line before it."""
+    values: list[Verbatim] = []
+    lines = text.replace("\r\n", "\n").replace("\r", "\n").strip("\n").split("\n")
+    for line in (part for whole in lines for part in _break_line(whole)):
+        if line:
+            values.append(text_value(line))
+        elif values:
+            values[-1] = Verbatim(values[-1] + LINE_BREAK)
+    return values
+
+
+def _write_narrative(common: _Common, code: Code, text: str) -> Iterator[list[Field]]:
+    for value in _narrative_values(text):
+        yield _write_obx(common, "TX", _coded(code), value)
+
+
+def _write_observations(common: _Common, findings: Findings, text: str) -> Iterator[str]:
+    """Every OBX. OBX-4 is `group.item`: groups 1..n are the findings in their order, then the study, the
+    report text and the impression."""
+    groups = [
+        *(_write_finding(common, finding) for finding in findings.findings),
+        _write_study(common, findings),
+        _write_narrative(common, STUDY_OBSERVATION, text),
+        _write_narrative(common, IMPRESSION, "\n".join(findings_to_impression(findings))),
+    ]
+    set_id = 0
+    for group, observations in enumerate(groups, 1):
+        for item, fields in enumerate(observations, 1):
+            set_id += 1
+            fields[2] = f"{group}.{item}"
+            yield write_segment("OBX", [str(set_id), *fields])
+
+
+def _hierarchic(authority: str) -> Component:
+    """HD of an issuer: an OID as universal id, anything else as namespace."""
+    return ("", authority, "ISO") if _OID.fullmatch(authority) else authority
+
+
+def _person_name(name: str) -> Field:
+    """XPN repetitions of a DICOM person name (PS3.5 6.2.1.2): one a representation, prefix and suffix
+    change places, PN's `^` and `=` are structure. An empty name is typed U, unspecified (table 0200)."""
+    names: list[Repetition] = []
+    for representation, group in zip("AIP", name.split("=", 2), strict=False):
+        if group.strip("^ "):
+            parts = (group.split("^") + [""] * PERSON_NAME_PARTS)[:PERSON_NAME_PARTS]
+            family, given, middle, prefix, suffix = (part.strip(" ") for part in parts)
+            names.append((family, given, middle, suffix, prefix, "", "L", representation))
+    return names or ("", "", "", "", "", "", "U")
+
+
+def _write_pid(patient: PatientIdentity) -> str:
+    identifier: Repetition = (patient.patient_id, "", "", _hierarchic(patient.issuer), "MR")
+    birth, name = format_date(patient.birth_date), _person_name(patient.name)
+    return write_segment("PID", ["1", "", [identifier], "", name, "", birth, patient.sex])
+
+
+def _order_code(findings: Findings, procedure: Code) -> tuple[str, ...]:
+    order = findings.context.order
+    return _coded(order.code if order and order.code else procedure)
+
+
+def _write_obr(findings: Findings, procedure: Code, reported: str) -> str:
+    order = findings.context.order
+    fields: list[Field] = [""] * 31
+    numbered: dict[int, Field] = {
+        1: "1",
+        2: order.placer_order_number if order else "",
+        3: order.filler_order_number if order else "",
+        4: _order_code(findings, procedure),
+        7: format_date(findings.study_date),
+        18: findings.accession_number,
+        22: reported,
+        24: "RAD",
+        25: RESULT_STATUS[findings.status][0],
+        31: ("", _clip(order.reason)) if order and order.reason else "",
+    }
+    for number, value in numbered.items():
+        fields[number - 1] = value
+    return write_segment("OBR", fields)
+
+
+def findings_to_oru(
+    findings: Findings,
+    *,
+    text: str,
+    sending_application: str = "WETREAD",
+    sending_facility: str = "",
+    receiving_application: str = "",
+    receiving_facility: str = "",
+    processing_id: str = "P",
+    utc_offset: timedelta | None = None,
+    procedure: Code = IMAGING_STUDY,
+) -> bytes:
+    """The whole message, UTF-8, segments ended by CR, without MLLP framing.
+
+    `text` is the report draft. `procedure` codes OBR-4 where the order states no code. Times are the
+    findings' `created_at`, moved to `utc_offset` where given; the study's is a date, as the findings have
+    no time of it. MSH-10 derives from job and revision, so the same result always carries the same id.
+    """
+    created = findings.created_at
+    made = format_time(created.astimezone(timezone(utc_offset)) if utc_offset is not None else created)
+    order = findings.context.order
+    numbers = [order.placer_order_number, order.filler_order_number] if order else []
+    control_id = derive_control_id(findings.job_id, findings.revision, "oru")
+    model = (findings.model.name, findings.model.version)
+    status = RESULT_STATUS[findings.status][1]
+    common = _Common(status, format_date(findings.study_date), made, model)
+    parties: list[Field] = [sending_application, sending_facility, receiving_application, receiving_facility]
+    kind: list[Field] = [("ORU", "R01", "ORU_R01"), control_id, processing_id, "2.5.1"]
+    return write_message(
+        [
+            write_segment("MSH", [*parties, made, "", *kind, "", "", "", "", "", "UNICODE UTF-8"]),
+            _write_pid(findings.patient),
+            write_segment("PV1", ["1", "U"]),
+            write_segment("ORC", ["RE", *numbers]),
+            _write_obr(findings, procedure, made),
+            *_write_observations(common, findings, text),
+        ]
+    )
