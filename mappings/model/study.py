@@ -5,7 +5,7 @@ back, z to the head, in millimetres.
 """
 
 from dataclasses import dataclass, field
-from datetime import date, datetime
+from datetime import date
 
 import numpy as np
 import numpy.typing as npt
@@ -47,7 +47,8 @@ class Instance:
 class Series:
     """One series: the attributes that routing and role selection look at, and its instances in file order.
 
-    `echo_time_ms`, `repetition_time_ms`, `slice_thickness_mm` are the first instance's.
+    `echo_time_ms`, `repetition_time_ms`, `slice_thickness_mm` are the first instance's. `acquired` is its acquisition
+    date and time as stated (DICOM gives no zone here), good for ordering series and nothing else.
     """
 
     series_instance_uid: str
@@ -68,7 +69,7 @@ class Series:
     manufacturer: str = ""
     device_model: str = ""
     field_strength_t: float | None = None
-    acquired_at: datetime | None = None
+    acquired: str = ""
 
 
 @dataclass(frozen=True)
