@@ -263,6 +263,7 @@ def _command(
         "http-port": http_,
         "metrics-port": metrics,
         "allow-gpu-metrics": "false",
+        "pinned-memory-pool-byte-size": 0,
         "log-info": "false",
         "exit-timeout-secs": 2,
         "backend-config": f"python,shm-region-prefix-name={server_id}_",
