@@ -1,0 +1,170 @@
+"""Settings: `wetread.yaml` and `WETREAD_*` environment variables, typed and checked at start.
+
+A nested value is set from the environment with a double underscore: `WETREAD_PACS__TOKEN`. Environment wins
+over the file. Secrets belong in the environment or in files named by `*_file` settings, never in the YAML.
+"""
+
+import os
+from pathlib import Path
+from typing import Literal
+from zoneinfo import ZoneInfo
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, YamlConfigSettingsSource
+
+from connectors.dicomweb.config import DicomwebConfig
+from connectors.fhir.config import FhirConfig
+from connectors.mllp.config import MllpConfig
+from connectors.triton.config import TritonConfig
+from middleware.errors import SettingsError
+
+DEFAULT_FILE = Path("wetread.yaml")
+
+
+class FolderPacs(BaseModel):
+    """A folder of DICOM files in the place of a PACS, for trying Wetread without one."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    folder: Path = Field(description="Folder that holds the images and takes the results.")
+
+
+class EhrSettings(FhirConfig):
+    """The EHR's FHIR server, and which identifier system its patients are looked up by."""
+
+    patient_identifier_system: str = Field(
+        default="", description="FHIR identifier system of the DICOM PatientID; empty: any system."
+    )
+
+
+class RisSettings(MllpConfig):
+    """The RIS' HL7 listener and how messages to it are addressed (MSH-5, MSH-6, MSH-11)."""
+
+    receiving_application: str = Field(default="RIS", max_length=227)
+    receiving_facility: str = Field(default="HOSPITAL", max_length=227)
+    processing_id: Literal["P", "T", "D"] = "P"
+
+
+class SiteSettings(BaseModel):
+    """Who we are on the wire, and the zone of times that state none."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    sending_application: str = Field(default="WETREAD", max_length=227)
+    sending_facility: str = Field(default="HOSPITAL", max_length=227)
+    time_zone: str = Field(default="UTC", description="IANA name, e.g. Europe/Amsterdam.")
+
+    @field_validator("time_zone")
+    @classmethod
+    def _known_zone(cls, name: str) -> str:
+        try:
+            ZoneInfo(name)
+        except (KeyError, ValueError, OSError) as error:
+            raise ValueError(f"'{name}' is not an IANA time zone such as Europe/Amsterdam") from error
+        return name
+
+
+class ApiSettings(BaseModel):
+    """Where `wetread serve` listens."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    host: str = "127.0.0.1"
+    port: int = Field(default=8040, ge=0, le=65535)
+
+
+class RetrySettings(BaseModel):
+    """How long Wetread keeps trying a system that may come back: waits grow from first to longest."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    attempts: int = Field(default=12, ge=1, le=1000)
+    first_wait_s: float = Field(default=1.0, gt=0)
+    longest_wait_s: float = Field(default=300.0, gt=0)
+
+    def wait_s(self, attempt: int, asked_s: float | None = None) -> float:
+        """Seconds to wait after attempt number `attempt` (from 1): doubled each time, at least what the peer asked."""
+        return max(min(self.first_wait_s * 2 ** min(attempt - 1, 30), self.longest_wait_s), asked_s or 0.0)
+
+
+class Settings(BaseSettings):
+    """Everything a site sets. With nothing set, Wetread works on folders with the bundled model."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="WETREAD_", env_nested_delimiter="__", extra="forbid", frozen=True, yaml_file_encoding="utf-8"
+    )
+
+    data_dir: Path = Field(default=Path("wetread-data"), description="Databases, spool and artifacts live here.")
+    database_url: str = Field(default="", description="postgresql://...; empty: SQLite files in data_dir.")
+    artifacts_url: str = Field(default="", description="fsspec URL of the artifact store; empty: a folder in data_dir.")
+    protocols_dir: Path | None = Field(default=None, description="Folder of the site's protocols, instead of ours.")
+    executor_id: str = Field(default="", description="Stable, unique name of this process; empty: the host's name.")
+    concurrent_readings: int = Field(default=2, ge=1)
+    site: SiteSettings = SiteSettings()
+    api: ApiSettings = ApiSettings()
+    retry: RetrySettings = RetrySettings()
+    pacs: DicomwebConfig | FolderPacs | None = None
+    ehr: EhrSettings | None = None
+    ris: RisSettings | None = None
+    triton: TritonConfig | None = Field(default=None, description="None: the bundled Triton is started for the run.")
+
+    @field_validator("database_url")
+    @classmethod
+    def _known_database(cls, url: str) -> str:
+        if url and not url.startswith(("postgresql://", "sqlite:///")):
+            raise ValueError("must start with postgresql:// or sqlite:///")
+        return url
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Arguments win over the environment, which wins over the file."""
+        file = os.environ.get("WETREAD_CONFIG") or DEFAULT_FILE
+        return init_settings, env_settings, YamlConfigSettingsSource(settings_cls, yaml_file=file)
+
+    @property
+    def store_url(self) -> str:
+        """SQLAlchemy URL of Wetread's own tables."""
+        if self.database_url.startswith("postgresql://"):
+            return self.database_url.replace("postgresql://", "postgresql+psycopg://", 1)
+        return self.database_url or f"sqlite:///{self.data_dir.absolute()}/wetread.sqlite"
+
+    @property
+    def workflow_url(self) -> str:
+        """URL of the workflow database (DBOS)."""
+        if self.database_url.startswith("postgresql://"):
+            return self.database_url
+        return f"sqlite:///{self.data_dir.absolute()}/workflow.sqlite"
+
+    @property
+    def zone(self) -> ZoneInfo:
+        """The site's time zone."""
+        return ZoneInfo(self.site.time_zone)
+
+
+def load_settings(file: Path | None = None) -> Settings:
+    """The settings from `file` (or WETREAD_CONFIG, or wetread.yaml where there is one) and the environment.
+
+    Raises SettingsError with one readable line for each thing that is wrong.
+    """
+    named = str(file or os.environ.get("WETREAD_CONFIG") or "")
+    if named and not Path(named).is_file():
+        raise SettingsError(f"settings file {named} is not there")
+    where = named or str(DEFAULT_FILE)
+    previous = os.environ.get("WETREAD_CONFIG")
+    os.environ["WETREAD_CONFIG"] = where
+    try:
+        return Settings()
+    except ValidationError as error:
+        lines = [f"{where} or WETREAD_*: {'.'.join(str(p) for p in e['loc'])}: {e['msg']}" for e in error.errors()]
+        raise SettingsError("\n".join(dict.fromkeys(lines))) from error
+    except yaml.YAMLError as error:
+        raise SettingsError(f"{where}: not valid YAML: {error}") from error
+    finally:
+        if previous is None:
+            del os.environ["WETREAD_CONFIG"]
+        else:
+            os.environ["WETREAD_CONFIG"] = previous

@@ -1,0 +1,56 @@
+"""Bytes by digest (fsspec): a folder by default, object storage where `artifacts_url` says so."""
+
+import hashlib
+import json
+import uuid
+from dataclasses import dataclass
+from typing import Any
+
+import fsspec
+
+
+@dataclass(frozen=True)
+class Ref:
+    """Where bytes are: sha256 digest (hex) and size."""
+
+    digest: str
+    size_bytes: int
+
+
+class ArtifactStore:
+    """Content-addressed bytes. Writing the same bytes twice stores them once; a file appears whole or not at all."""
+
+    def __init__(self, url: str) -> None:
+        self._fs, self._root = fsspec.core.url_to_fs(url)
+        self._is_local = "file" in self._fs.protocol
+        self._fs.makedirs(self._root, exist_ok=True)
+
+    def put(self, data: bytes) -> Ref:
+        """Store `data`; OSError where the store is full or read-only."""
+        digest = hashlib.sha256(data).hexdigest()
+        path = self._path(digest)
+        if not self._fs.exists(path):
+            self._fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
+            # A plain folder can hold half a file after a crash, so the name appears by rename; an object
+            # store's upload is whole by itself.
+            target = f"{path}.{uuid.uuid4().hex}.part" if self._is_local else path
+            with self._fs.open(target, "wb") as file:
+                file.write(data)
+            if self._is_local:
+                self._fs.mv(target, path)
+        return Ref(digest, len(data))
+
+    def get(self, digest: str) -> bytes:
+        """The bytes of `digest`. Raises FileNotFoundError, or ValueError where they no longer match it."""
+        with self._fs.open(self._path(digest), "rb") as file:
+            data: bytes = file.read()
+        if hashlib.sha256(data).hexdigest() != digest:
+            raise ValueError(f"artifact {digest[:12]} is damaged: its bytes do not match its digest")
+        return data
+
+    def put_json(self, value: Any) -> Ref:
+        """Store a JSON value."""
+        return self.put(json.dumps(value, sort_keys=True).encode())
+
+    def _path(self, digest: str) -> str:
+        return f"{self._root}/{digest[:2]}/{digest}"

@@ -1,0 +1,200 @@
+"""Reading and writing the tables; each method is one transaction."""
+
+from collections.abc import Sequence
+from datetime import datetime
+from typing import Any
+
+from sqlalchemy import Engine, event
+from sqlalchemy.exc import IntegrityError
+from sqlmodel import Session, SQLModel, col, create_engine, select
+
+from middleware.store.tables import ArtifactRecord, Delivery, StepRun, StudyEvent, StudyJob
+
+OPEN_DELIVERY_STATES = ("pending", "in_flight", "retrying")
+
+
+def open_engine(url: str) -> Engine:
+    """An engine whose commits survive a crash: on SQLite write-ahead log, full sync and a patient busy timeout."""
+    engine = create_engine(url, pool_pre_ping=not url.startswith("sqlite"))
+    if url.startswith("sqlite"):
+
+        @event.listens_for(engine, "connect")
+        def set_pragmas(connection: Any, _record: Any) -> None:
+            for pragma in ("journal_mode=WAL", "synchronous=FULL", "busy_timeout=30000", "foreign_keys=ON"):
+                connection.execute(f"PRAGMA {pragma}")
+
+    return engine
+
+
+class Store:
+    """Wetread's memory. Methods take and give table rows, detached and safe to read."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        SQLModel.metadata.create_all(engine)
+
+    def close(self) -> None:
+        """Close all connections."""
+        self._engine.dispose()
+
+    def ping(self) -> None:
+        """Raise unless the database answers."""
+        with self._session() as session:
+            session.exec(select(StudyJob.job_id).limit(1)).all()
+
+    def _session(self) -> Session:
+        return Session(self._engine, expire_on_commit=False)
+
+    # Events and jobs
+
+    def accept_event(self, happened: StudyEvent) -> tuple[StudyJob, bool]:
+        """Remember an event and its job durably; the job and whether the event is new. The same key twice is
+        one event; a second event of a job that exists adds no second job."""
+        with self._session() as session:
+            known = session.get(StudyEvent, happened.idempotency_key)
+            if known is not None:
+                return self._existing_job(session, known.job_id), False
+            job = session.get(StudyJob, happened.job_id)
+            if job is None:
+                job = StudyJob(
+                    job_id=happened.job_id,
+                    study_instance_uid=happened.study_instance_uid,
+                    state="accepted",
+                    created_at=happened.received_at,
+                    updated_at=happened.received_at,
+                )
+                session.add(job)
+            session.add(happened)
+            try:
+                session.commit()
+            except IntegrityError:  # the same event arrived on another connection meanwhile
+                session.rollback()
+                return self._existing_job(session, happened.job_id), False
+            return job, True
+
+    def _existing_job(self, session: Session, job_id: str) -> StudyJob:
+        job = session.get(StudyJob, job_id)
+        if job is None:
+            raise LookupError(f"no job {job_id}")
+        return job
+
+    def job(self, job_id: str) -> StudyJob:
+        """The job; LookupError if there is none."""
+        with self._session() as session:
+            return self._existing_job(session, job_id)
+
+    def jobs_of_study(self, study_instance_uid: str) -> list[StudyJob]:
+        """All jobs of a study, oldest first."""
+        with self._session() as session:
+            query = select(StudyJob).where(StudyJob.study_instance_uid == study_instance_uid)
+            return list(session.exec(query.order_by(col(StudyJob.created_at))))
+
+    def jobs_in_state(self, *states: str) -> list[StudyJob]:
+        """All jobs in one of these states, oldest first."""
+        with self._session() as session:
+            query = select(StudyJob).where(col(StudyJob.state).in_(states))
+            return list(session.exec(query.order_by(col(StudyJob.created_at))))
+
+    def events_of_job(self, job_id: str) -> list[StudyEvent]:
+        """The events that led to a job, oldest first."""
+        with self._session() as session:
+            query = select(StudyEvent).where(StudyEvent.job_id == job_id)
+            return list(session.exec(query.order_by(col(StudyEvent.received_at))))
+
+    def update_job(
+        self,
+        job_id: str,
+        now: datetime,
+        *,
+        state: str | None = None,
+        protocol: str | None = None,
+        reasons: Sequence[str] | None = None,
+        facts: dict[str, Any] | None = None,
+    ) -> None:
+        """Change what is given; `facts` are merged into those there."""
+        with self._session() as session:
+            job = self._existing_job(session, job_id)
+            job.updated_at = now
+            if state is not None:
+                job.state = state
+            if protocol is not None:
+                job.protocol = protocol
+            if reasons is not None:
+                job.reasons = list(reasons)
+            if facts is not None:
+                job.facts = {**job.facts, **facts}
+            session.add(job)
+            session.commit()
+
+    # Artifacts
+
+    def save_artifacts(self, records: Sequence[ArtifactRecord]) -> None:
+        """Remember artifacts; repeating it changes nothing."""
+        with self._session() as session:
+            for record in records:
+                session.merge(record)
+            session.commit()
+
+    def artifacts(self, job_id: str) -> list[ArtifactRecord]:
+        """The artifacts of a job, by name."""
+        with self._session() as session:
+            query = select(ArtifactRecord).where(ArtifactRecord.job_id == job_id)
+            return list(session.exec(query.order_by(col(ArtifactRecord.name))))
+
+    # Deliveries
+
+    def plan_deliveries(self, deliveries: Sequence[Delivery]) -> None:
+        """Remember deliveries that are not known yet; known ones keep their state."""
+        with self._session() as session:
+            for delivery in deliveries:
+                if session.get(Delivery, delivery.delivery_id) is None:
+                    session.add(delivery)
+            session.commit()
+
+    def delivery(self, delivery_id: str) -> Delivery:
+        """The delivery; LookupError if there is none."""
+        with self._session() as session:
+            found = session.get(Delivery, delivery_id)
+            if found is None:
+                raise LookupError(f"no delivery {delivery_id}")
+            return found
+
+    def deliveries(self, *, job_id: str | None = None, state: str | None = None) -> list[Delivery]:
+        """Deliveries by job and state, in the order they are sent."""
+        with self._session() as session:
+            query = select(Delivery)
+            if job_id is not None:
+                query = query.where(Delivery.job_id == job_id)
+            if state is not None:
+                query = query.where(Delivery.state == state)
+            order = (col(Delivery.created_at), col(Delivery.destination), col(Delivery.position))
+            return list(session.exec(query.order_by(*order)))
+
+    def mark_delivery(
+        self, delivery_id: str, now: datetime, state: str, *, receipt: str = "", reason: str = "", attempt: bool = False
+    ) -> Delivery:
+        """Move a delivery to `state`; `attempt` counts a new try. What was delivered stays delivered."""
+        with self._session() as session:
+            delivery = session.get(Delivery, delivery_id)
+            if delivery is None:
+                raise LookupError(f"no delivery {delivery_id}")
+            if delivery.state != "delivered":
+                delivery.state, delivery.receipt, delivery.reason = state, receipt, reason
+                delivery.attempts += 1 if attempt else 0
+                delivery.updated_at = now
+                session.add(delivery)
+                session.commit()
+            return delivery
+
+    # Steps
+
+    def add_step_run(self, run: StepRun) -> None:
+        """Remember one run of a step."""
+        with self._session() as session:
+            session.add(run)
+            session.commit()
+
+    def step_runs(self, job_id: str) -> list[StepRun]:
+        """The step runs of a job, oldest first."""
+        with self._session() as session:
+            return list(session.exec(select(StepRun).where(StepRun.job_id == job_id).order_by(col(StepRun.run_id))))

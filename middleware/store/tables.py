@@ -1,0 +1,124 @@
+"""What Wetread remembers: events, studies, artifacts, deliveries, steps and people's decisions.
+
+Times are aware UTC; SQLite keeps no zone, so `utc` puts it back on reading.
+"""
+
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlalchemy import JSON, Column, DateTime, TypeDecorator
+from sqlalchemy.engine import Dialect
+from sqlmodel import Field, SQLModel
+
+
+class AwareTime(TypeDecorator[datetime]):
+    """A timestamp that is UTC in every database and aware in Python; naive values are refused."""
+
+    impl = DateTime(timezone=True)
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        if value is None:
+            return None
+        if value.tzinfo is None:
+            raise ValueError("naive datetime given to the store")
+        return value.astimezone(UTC)
+
+    def process_result_value(self, value: datetime | None, dialect: Dialect) -> datetime | None:
+        if value is None:
+            return None
+        return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
+
+
+def _time(*, nullable: bool = False, index: bool = False) -> Any:
+    return Field(
+        default=None if nullable else ..., sa_column_kwargs={"nullable": nullable}, sa_type=AwareTime, index=index
+    )
+
+
+class StudyEvent(SQLModel, table=True):
+    """What happened to a study, once for each key that its source gave it."""
+
+    __tablename__ = "study_event"
+    idempotency_key: str = Field(primary_key=True)
+    source: str
+    kind: str
+    study_instance_uid: str = Field(index=True)
+    job_id: str
+    received_at: datetime = _time()
+
+
+class StudyJob(SQLModel, table=True):
+    """One reading of one study. `state` is one of accepted, reading, released, unmatched, unusable, held,
+    quarantined, failed; `reasons` says why in sentences. `facts` holds references to what was made."""
+
+    __tablename__ = "study_job"
+    job_id: str = Field(primary_key=True)
+    study_instance_uid: str = Field(index=True)
+    state: str = Field(index=True)
+    protocol: str = ""
+    revision: int = 1
+    reasons: list[str] = Field(default_factory=list, sa_column=Column(JSON, nullable=False))
+    facts: dict[str, Any] = Field(default_factory=dict, sa_column=Column(JSON, nullable=False))
+    created_at: datetime = _time()
+    updated_at: datetime = _time()
+
+
+class ArtifactRecord(SQLModel, table=True):
+    """One rendered artifact: its name in the result, where its bytes are (sha256), and its SOP instance if DICOM."""
+
+    __tablename__ = "artifact"
+    artifact_id: str = Field(primary_key=True)
+    job_id: str = Field(index=True)
+    revision: int
+    name: str
+    kind: str
+    media_type: str
+    digest: str
+    size_bytes: int
+    sop_instance_uid: str = ""
+
+
+class Delivery(SQLModel, table=True):
+    """One artifact on its way to one destination. `state` is one of pending, in_flight, delivered, retrying,
+    ambiguous, dead; `receipt` is what the destination answered, `reason` why it is not delivered."""
+
+    __tablename__ = "delivery"
+    delivery_id: str = Field(primary_key=True)
+    job_id: str = Field(index=True)
+    revision: int
+    destination: str = Field(index=True)
+    artifact_name: str
+    kind: str
+    digest: str
+    position: int
+    state: str = Field(default="pending", index=True)
+    attempts: int = 0
+    receipt: str = ""
+    reason: str = ""
+    created_at: datetime = _time()
+    updated_at: datetime = _time()
+
+
+class StepRun(SQLModel, table=True):
+    """One run of one step: when, how long, how it ended. Several runs of a step mean retries or restarts."""
+
+    __tablename__ = "step_run"
+    run_id: int | None = Field(default=None, primary_key=True)
+    job_id: str = Field(index=True)
+    step: str
+    started_at: datetime = _time()
+    duration_s: float
+    outcome: str
+
+
+class Decision(SQLModel, table=True):
+    """What a person decided about a job: who, what, when, why."""
+
+    __tablename__ = "decision"
+    decision_id: str = Field(primary_key=True)
+    job_id: str = Field(index=True)
+    person: str
+    action: str
+    reason: str = ""
+    decided_at: datetime = _time()
