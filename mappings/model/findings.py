@@ -151,7 +151,8 @@ class Findings:
     """Everything Wetread says about one study under one protocol, at one revision.
 
     `created_at` is aware. `psa` is the value used for the PSA density, None where none may be used.
-    `assessments` hold for the whole study (the overall category).
+    `assessments` hold for the whole study (the overall category). `procedure` codes what was done, as the
+    protocol names it.
     """
 
     job_id: str
@@ -178,6 +179,7 @@ class Findings:
     patient_age: str = ""
     predecessor_revision: int | None = None
     reference_frame_uid: str = ""
+    procedure: Code | None = None
     warnings: tuple[str, ...] = field(default=())
 
     @property

@@ -171,7 +171,7 @@ def set_times(dataset: Dataset, created_at: datetime) -> None:
 
 
 def as_dt(moment: datetime) -> DT:
-    """A DICOM DT with its offset from UTC, to the second."""
+    """A DICOM DT with its offset from UTC."""
     return DT(moment.strftime("%Y%m%d%H%M%S%z"))
 
 
