@@ -27,7 +27,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -77,12 +77,14 @@ def bundled_triton_available() -> tuple[bool, str]:
 class BundledTriton:
     """Runs `tritonserver` over the given model repositories; every model is loaded before entry returns.
 
-    `grpc_url`, `http_url` and `metrics_url` are host:port on 127.0.0.1, set on entry. The server ends with
-    the block, and with this process however it dies (PR_SET_PDEATHSIG). Raises `BundledTritonError`.
+    `arguments` are further tritonserver options. `grpc_url`, `http_url` and `metrics_url` are host:port on
+    127.0.0.1, set on entry. The server ends with the block, and with this process however it dies
+    (PR_SET_PDEATHSIG). Raises `BundledTritonError`.
     """
 
-    def __init__(self, *models: Path, ready_timeout_s: float = READY_TIMEOUT_S) -> None:
+    def __init__(self, *models: Path, ready_timeout_s: float = READY_TIMEOUT_S, arguments: Sequence[str] = ()) -> None:
         self._models = [path.resolve() for path in models]
+        self._arguments = list(arguments)
         self._ready_timeout_s = ready_timeout_s
         self._work: Path | None = None
         self._keeper: _Keeper | None = None
@@ -164,20 +166,16 @@ class BundledTriton:
         self._server_id = f"wetread_{os.getpid()}_{uuid.uuid4().hex[:8]}"
         self._work = Path(tempfile.mkdtemp(prefix="wetread-triton-"))
         grpc, http_, metrics = free_ports(3)
-        self.grpc_url, self.http_url, self.metrics_url = (
-            f"{LOOPBACK}:{port}" for port in (grpc, http_, metrics)
-        )
+        self.grpc_url, self.http_url, self.metrics_url = (f"{LOOPBACK}:{port}" for port in (grpc, http_, metrics))
         command = _command(self._models, _backends(self._work), self._server_id, grpc, http_, metrics)
-        self._keeper = _Keeper(command, _environment(), self._work / "log")
+        self._keeper = _Keeper([*command, *self._arguments], _environment(), self._work / "log")
 
     def _pauses_until_ready(self) -> Iterator[float]:
         deadline = time.monotonic() + self._ready_timeout_s
         assert self._keeper is not None
         while not self._is_ready():
             if (code := self._keeper.process.poll()) is not None:
-                raise BundledTritonError(
-                    f"bundled Triton ended with code {code} while starting:\n{self.log_tail()}"
-                )
+                raise BundledTritonError(f"bundled Triton ended with code {code} while starting:\n{self.log_tail()}")
             if time.monotonic() > deadline:
                 raise BundledTritonError(
                     f"bundled Triton is not ready after {self._ready_timeout_s:g} s:\n{self.log_tail()}"
@@ -250,9 +248,7 @@ def free_ports(count: int) -> list[int]:
             each.close()
 
 
-def _command(
-    models: list[Path], backends: Path, server_id: str, grpc: int, http_: int, metrics: int
-) -> list[str]:
+def _command(models: list[Path], backends: Path, server_id: str, grpc: int, http_: int, metrics: int) -> list[str]:
     options = {
         "id": server_id,
         "backend-directory": backends,

@@ -185,9 +185,7 @@ def evidence(t2w: Array, adc: Array, hbv: Array, grid: Grid) -> tuple[Array, Arr
     return np.where(known, np.minimum(tissue, high_b), 0), np.where(known, np.minimum(peripheral, high_b), 0)
 
 
-def outline(
-    shape: Array, t2w: Array, adc: Array, hbv: Array, spacing: Array
-) -> tuple[Mask, NDArray[np.uint8]]:
+def outline(shape: Array, t2w: Array, adc: Array, hbv: Array, spacing: Array) -> tuple[Mask, NDArray[np.uint8]]:
     """Gland mask and zones on the T2 grid: the fitted shape, its surface moved a little to the evidence."""
     volumes, coarse = _search_grid((t2w, adc, hbv), spacing, SEARCH_GRID_MM)
     whole = _grid(t2w.shape, spacing)
