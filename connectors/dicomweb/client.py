@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 
 from connectors.dicomweb.config import DicomwebConfig
-from connectors.dicomweb.http import client_options, http_failures, status_error, timeouts
+from connectors.dicomweb.http import http_failures, open_client, status_error, timeouts
 from connectors.dicomweb.outcomes import StoreOutcome, not_mentioned, outcomes_of
 from connectors.dicomweb.retrieve import StudyRetrieve
 from connectors.dicomweb.spool import FetchedStudy
@@ -43,9 +43,7 @@ class DicomwebClient:
 
     def __init__(self, config: DicomwebConfig) -> None:
         self._config = config
-        options = client_options(config)
-        self._http = httpx.AsyncClient(**options)
-        self._transfers = httpx.Client(**options)
+        self._http = open_client(config)
 
     async def search_studies(self, filters: Mapping[str, str], *, include: Sequence[str] = ()) -> list[DicomJson]:
         """Studies that match, as DICOM JSON; none is an empty list. `filters` by keyword or tag."""
@@ -90,7 +88,6 @@ class DicomwebClient:
         event loop. Raises Permanent (not there, not allowed, no multipart), Retryable (busy, cut off, disk full).
         """
         retrieve = StudyRetrieve(
-            self._transfers,
             self._config,
             checked_uid(study_uid, "Study Instance UID"),
             into,
@@ -115,7 +112,9 @@ class DicomwebClient:
         outcomes = outcomes_of(body, upload.sop_instance_uids) if answer.status_code in _STORE_ANSWERS else None
         if outcomes is not None:
             return outcomes
-        if error := status_error(answer, where, "the server offers no STOW-RS here. Check url"):
+        if error := status_error(
+            answer.status_code, answer.headers, where, "the server offers no STOW-RS here. Check url"
+        ):
             raise error
         return tuple(not_mentioned(uid) for uid in upload.sop_instance_uids)
 
@@ -125,9 +124,8 @@ class DicomwebClient:
         return f"{self._config.name}: DICOMweb answers at {self._config.url}"
 
     async def aclose(self) -> None:
-        """Closes all connections."""
+        """Closes the connections."""
         await self._http.aclose()
-        self._transfers.close()
 
     async def _post(self, study_uid: str, upload: Upload, where: str) -> tuple[httpx.Response, bytes]:
         request = self._http.build_request(
@@ -204,7 +202,9 @@ class DicomwebClient:
         with http_failures(where, self._config):
             async with asyncio.timeout(self._config.query_timeout_s):
                 answer, body = await self._exchange(request, where)
-        if error := status_error(answer, where, "nothing answers at this address. Check url"):
+        if error := status_error(
+            answer.status_code, answer.headers, where, "nothing answers at this address. Check url"
+        ):
             raise error
         more = answer.headers.get("warning", "").startswith("299")
         return ([] if answer.status_code == 204 or not body.strip() else _data_sets(body, where)), more

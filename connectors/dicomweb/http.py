@@ -2,12 +2,12 @@
 
 import logging
 import ssl
-import time
+from base64 import b64encode
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from typing import TypedDict
+from typing import Protocol
 
 import httpx
 
@@ -20,32 +20,36 @@ logging.getLogger("httpx").setLevel(logging.WARNING)
 _RETRYABLE_STATUS = (408, 425, 429)
 
 
-class _Options(TypedDict):
-    verify: ssl.SSLContext
-    headers: dict[str, str]
-    auth: httpx.BasicAuth | None
-    limits: httpx.Limits
-    trust_env: bool
+class _Headers(Protocol):
+    """Headers by name, whatever the case; httpx and http.client both give such."""
+
+    def get(self, name: str, failobj: str, /) -> str: ...
 
 
-def _tls(config: DicomwebConfig) -> ssl.SSLContext:
+def tls_context(config: DicomwebConfig) -> ssl.SSLContext:
+    """TLS as the settings ask: the server's CA, and our certificate where there is one."""
     context = ssl.create_default_context(cafile=config.ca_file)
     if config.client_cert_file:
         context.load_cert_chain(config.client_cert_file, config.client_key_file)
     return context
 
 
-def client_options(config: DicomwebConfig) -> _Options:
-    """The options that both kinds of httpx client share. Proxies of the environment are not used."""
-    headers = {"Accept-Encoding": "identity"}
+def sign_in(config: DicomwebConfig) -> dict[str, str]:
+    """The Authorization header that the settings ask for, or none."""
     if config.token:
-        headers["Authorization"] = f"Bearer {config.token.get_secret_value()}"
-    auth = None
+        return {"Authorization": f"Bearer {config.token.get_secret_value()}"}
     if config.user and config.password:
-        auth = httpx.BasicAuth(config.user, config.password.get_secret_value())
+        pair = f"{config.user}:{config.password.get_secret_value()}".encode()
+        return {"Authorization": f"Basic {b64encode(pair).decode()}"}
+    return {}
+
+
+def open_client(config: DicomwebConfig) -> httpx.AsyncClient:
+    """A client that uses no proxy of the environment and follows no redirect."""
     # Orthanc and others drop an idle connection after one second; reusing it just then would fail.
     limits = httpx.Limits(max_connections=8, keepalive_expiry=0.5)
-    return {"verify": _tls(config), "headers": headers, "auth": auth, "limits": limits, "trust_env": False}
+    headers = {"Accept-Encoding": "identity", **sign_in(config)}
+    return httpx.AsyncClient(verify=tls_context(config), headers=headers, limits=limits, trust_env=False)
 
 
 def timeouts(config: DicomwebConfig, *, read_s: float | None = None) -> httpx.Timeout:
@@ -54,9 +58,9 @@ def timeouts(config: DicomwebConfig, *, read_s: float | None = None) -> httpx.Ti
     return httpx.Timeout(silence_s, connect=config.connect_timeout_s, pool=config.connect_timeout_s)
 
 
-def retry_after_s(answer: httpx.Response) -> float | None:
+def retry_after_s(headers: _Headers) -> float | None:
     """Seconds the server asks to wait (RFC 9110 10.2.3: a number, or an HTTP date), None if it does not say."""
-    value = answer.headers.get("retry-after", "").strip()
+    value = headers.get("retry-after", "").strip()
     if value.isascii() and value.isdigit():
         return float(value)
     try:
@@ -67,10 +71,9 @@ def retry_after_s(answer: httpx.Response) -> float | None:
     return max(0.0, (aware - datetime.now(UTC)).total_seconds())
 
 
-def status_error(answer: httpx.Response, where: str, missing: str) -> ConnectorError | None:
+def status_error(status: int, headers: _Headers, where: str, missing: str) -> ConnectorError | None:
     """The error that an HTTP status stands for, None for 2xx. `missing` is what a 404 means here."""
-    status = answer.status_code
-    if answer.is_success:
+    if 200 <= status < 300:
         return None
     if status in (401, 403):
         return Permanent(
@@ -79,8 +82,10 @@ def status_error(answer: httpx.Response, where: str, missing: str) -> ConnectorE
     if status == 404:
         return Permanent(f"{where}: {missing} (HTTP 404).")
     if status in _RETRYABLE_STATUS or status >= 500:
-        return Retryable(f"{where}: the server cannot answer now (HTTP {status}).", retry_after_s=retry_after_s(answer))
-    if answer.is_redirect:
+        return Retryable(
+            f"{where}: the server cannot answer now (HTTP {status}).", retry_after_s=retry_after_s(headers)
+        )
+    if 300 <= status < 400:
         return Permanent(f"{where}: redirects elsewhere (HTTP {status}). Set url to the final address.")
     return Permanent(f"{where}: refused the request (HTTP {status}). Check url and what this server supports.")
 
@@ -108,19 +113,11 @@ def _connect_error(error: httpx.ConnectError, where: str) -> ConnectorError:
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, ssl.SSLCertVerificationError):
-            return Permanent(
-                f"{where}: its certificate is not trusted ({cause.verify_message}). Check ca_file and url."
-            )
+            return untrusted(cause, where)
         cause = cause.__cause__ or cause.__context__
     return Retryable(f"{where}: no connection ({error}). Check that the server runs and url is right.")
 
 
-class Deadline:
-    """A moment after which `check` raises TimeoutError; for transfers that never fall silent but never end."""
-
-    def __init__(self, seconds: float) -> None:
-        self._end = time.monotonic() + seconds
-
-    def check(self) -> None:
-        if time.monotonic() > self._end:
-            raise TimeoutError
+def untrusted(error: ssl.SSLCertVerificationError, where: str) -> Permanent:
+    """The error for a server certificate that the settings do not trust."""
+    return Permanent(f"{where}: its certificate is not trusted ({error.verify_message}). Check ca_file and url.")

@@ -15,6 +15,8 @@ MAX_HEADER_BYTES = 16 * 1024
 MAX_PREAMBLE_BYTES = 64 * 1024
 MAX_PADDING_BYTES = 256
 _BOUNDARY = re.compile(r"[0-9A-Za-z'()+_,\-./:=? ]{0,199}[0-9A-Za-z'()+_,\-./:=?]")
+_NO_HEADERS = re.compile(rb"\r?\n")
+_BLANK_LINE = re.compile(rb"\r?\n\r?\n")
 _BINARY_ENCODINGS = ("", "binary", "8bit", "7bit")
 
 
@@ -25,7 +27,7 @@ class PartSink(Protocol):
         """A part starts; header names are lower case."""
 
     def data(self, piece: memoryview) -> None:
-        """The next bytes of the part; the view is valid only during the call."""
+        """The next bytes of the part; they never change, so the view may be kept."""
 
     def end(self) -> None:
         """The part is complete: the delimiter after it was seen."""
@@ -221,9 +223,5 @@ class MultipartReader:
 
 def _end_of_headers(data: bytes, position: int) -> tuple[int, int]:
     """(end of the header block, start of the body); (-1, 0) while the empty line has not come."""
-    for no_headers in (b"\r\n", b"\n"):
-        if data.startswith(no_headers, position):
-            return position, position + len(no_headers)
-    ends = [(data.find(blank, position), len(blank)) for blank in (b"\r\n\r\n", b"\n\n")]
-    found = [(start, start + size) for start, size in ends if start >= 0]
-    return min(found) if found else (-1, 0)
+    found = _NO_HEADERS.match(data, position) or _BLANK_LINE.search(data, position, position + MAX_HEADER_BYTES + 4)
+    return found.span() if found else (-1, 0)

@@ -1,21 +1,20 @@
 """WADO-RS study retrieve: streams a study from the server into one file an instance.
 
-Runs in a thread with a synchronous client: file writes never block the event loop, and it is about
-twice as fast as the asynchronous client (tests/bench/bench_fetch.py).
+Runs in a thread: neither the socket nor the disk blocks the event loop.
 """
 
 import threading
+import time
 from collections.abc import Callable
-from contextlib import AbstractContextManager
+from contextlib import closing
 from pathlib import Path
 
-import httpx
-
 from connectors.dicomweb.config import DicomwebConfig
-from connectors.dicomweb.http import Deadline, http_failures, status_error, timeouts
+from connectors.dicomweb.download import Download
+from connectors.dicomweb.http import status_error
 from connectors.dicomweb.multipart import MultipartReader, boundary_of
 from connectors.dicomweb.spool import FetchedStudy, Spool, disk_error
-from connectors.errors import Permanent
+from connectors.errors import Permanent, Retryable
 
 ACCEPT_ANY_TRANSFER_SYNTAX = 'multipart/related; type="application/dicom"; transfer-syntax=*'
 
@@ -29,13 +28,11 @@ class StudyRetrieve:
 
     def __init__(
         self,
-        http: httpx.Client,
         config: DicomwebConfig,
         study_uid: str,
         into: Path,
         on_instance: Callable[[int, int], None] | None,
     ) -> None:
-        self._http = http
         self._config = config
         self._study_uid = study_uid
         self._into = into
@@ -50,7 +47,7 @@ class StudyRetrieve:
     def run(self) -> FetchedStudy:
         """Fetches the whole study, or raises and leaves nothing behind."""
         try:
-            with http_failures(self._where, self._config), self._spool() as spool, self._request() as answer:
+            with self._spool() as spool, closing(self._request()) as answer:
                 self._receive(answer, spool)
                 return spool.commit(self._study_uid)
         except OSError as error:
@@ -60,31 +57,30 @@ class StudyRetrieve:
         limit = self._config.max_study_bytes
         return Spool(self._into, where=self._where, max_bytes=limit, on_instance=self._on_instance)
 
-    def _request(self) -> AbstractContextManager[httpx.Response]:
-        url = f"{self._config.url}/studies/{self._study_uid}"
+    def _request(self) -> Download:
         accept = {"Accept": ACCEPT_ANY_TRANSFER_SYNTAX}
-        return self._http.stream("GET", url, headers=accept, timeout=timeouts(self._config))
+        return Download(self._config, f"/studies/{self._study_uid}", accept, self._where)
 
-    def _receive(self, answer: httpx.Response, spool: Spool) -> None:
+    def _receive(self, answer: Download, spool: Spool) -> None:
         self._check(answer)
-        reader = MultipartReader(
-            boundary_of(answer.headers.get("content-type", ""), self._where), spool, where=self._where
-        )
-        deadline = Deadline(self._config.study_timeout_s)
-        for chunk in answer.iter_raw():
-            reader.feed(chunk)
-            deadline.check()
+        boundary = boundary_of(answer.headers.get("content-type", ""), self._where)
+        reader = MultipartReader(boundary, spool, where=self._where)
+        ends = time.monotonic() + self._config.study_timeout_s
+        for piece in answer.pieces():
+            reader.feed(piece)
             if self._cancelled.is_set():
                 raise Cancelled
             if reader.finished:
                 break
+            if time.monotonic() > ends:
+                raise Retryable(f"{self._where}: not done within study_timeout_s={self._config.study_timeout_s:g}.")
         reader.close()
 
-    def _check(self, answer: httpx.Response) -> None:
+    def _check(self, answer: Download) -> None:
         missing = "the server does not have it. Check the Study Instance UID, or wait until the study has arrived"
-        if error := status_error(answer, self._where, missing):
+        if error := status_error(answer.status, answer.headers, self._where, missing):
             raise error
-        if answer.status_code == 204:
+        if answer.status == 204:
             raise Permanent(f"{self._where}: the study has no instances to retrieve (HTTP 204).")
         if answer.headers.get("content-encoding", "identity") != "identity":
             raise Permanent(f"{self._where}: the answer is compressed although identity was asked for.")

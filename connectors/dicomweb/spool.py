@@ -55,34 +55,44 @@ class Spool:
         self._where = where
         self._max_bytes = max_bytes
         self._on_instance = on_instance
+        self._partial = ""
         self._file: FileIO | None = None
-        self._partial = into
         self.instances = 0
         self.bytes_received = 0
 
     def __enter__(self) -> Self:
         self._into.parent.mkdir(parents=True, exist_ok=True)
         self._remove_abandoned()
-        self._partial = Path(tempfile.mkdtemp(prefix=f".{self._into.name}.partial-", dir=self._into.parent))
+        self._partial = tempfile.mkdtemp(prefix=self._mark, dir=self._into.parent)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._file:
-            self._file.close()
+        self._close()
         shutil.rmtree(self._partial, ignore_errors=True)
+
+    @property
+    def _mark(self) -> str:
+        return f".{self._into.name}.partial-"
 
     def _remove_abandoned(self) -> None:
         """Drops what a killed process left of the same study, once it is surely not being written any more."""
-        for old in self._into.parent.glob(f".{self._into.name}.partial-*"):
-            if time.time() - old.stat().st_mtime > ABANDONED_AFTER_S:
-                shutil.rmtree(old, ignore_errors=True)
+        for name in os.listdir(self._into.parent):
+            if name.startswith(self._mark):
+                old = self._into.parent / name
+                if time.time() - old.stat().st_mtime > ABANDONED_AFTER_S:
+                    shutil.rmtree(old, ignore_errors=True)
 
-    def next_path(self) -> Path:
+    def next_path(self) -> str:
         """The path of the next instance, in the partial folder."""
         self.instances += 1
-        return self._partial / f"{self.instances:06d}.dcm"
+        return f"{self._partial}{os.sep}{self.instances:06d}.dcm"
+
+    def _close(self) -> None:
+        if self._file:
+            self._file.close()
+            self._file = None
 
     def begin(self, headers: Mapping[str, str]) -> None:
         kind = headers.get("content-type", "application/dicom").split(";")[0].strip().lower()
@@ -95,12 +105,11 @@ class Spool:
 
     def data(self, piece: memoryview) -> None:
         self.count(len(piece))
-        while self._file and len(piece):
+        while self._file and piece.nbytes:
             piece = piece[self._file.write(piece) or 0 :]
 
     def end(self) -> None:
-        if self._file:
-            self._file.close()
+        self._close()
         if self._on_instance:
             self._on_instance(self.instances, self.bytes_received)
 
@@ -125,9 +134,9 @@ class Spool:
     def _take_place(self) -> None:
         if self._into.exists():
             # Renamed aside first: rename() cannot replace a folder that holds files.
-            aside = self._partial.with_name(self._partial.name + "-replaced")
+            aside = Path(f"{self._partial}-replaced")
             self._into.rename(aside)
-            self._partial.rename(self._into)
+            Path(self._partial).rename(self._into)
             shutil.rmtree(aside, ignore_errors=True)
         else:
-            self._partial.rename(self._into)
+            Path(self._partial).rename(self._into)
