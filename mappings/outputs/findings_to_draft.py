@@ -24,6 +24,7 @@ from mappings.outputs.impression import (
     lesions_by_category,
     status_banner,
 )
+from mappings.outputs.printable import make_printable
 
 TEXT_WIDTH = 80
 """Columns of the text draft."""
@@ -34,9 +35,6 @@ LABEL_WIDTH = 26
 GENERIC_TEMPLATE = "generic"
 """Serves every protocol that names a template which is not there."""
 
-# Controls, invisible and direction-changing characters, and lone surrogates: they could hide or forge a line
-# of the report, or not be written at all.
-_UNPRINTABLE = re.compile("[\x00-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff\ud800-\udfff]")
 _AGE = re.compile(r"(\d{3})([DWMY])")
 _AGE_UNITS = {"D": "days", "W": "weeks", "M": "months", "Y": "years"}
 
@@ -47,23 +45,6 @@ class Draft:
 
     text: str
     html: str
-
-
-def _show(match: re.Match[str]) -> str:
-    return f"<U+{ord(match.group()):04X}>"
-
-
-def make_printable(value: Any) -> Any:
-    """`value` with every string in it (dataclasses and tuples included) free of characters that do not print:
-    each is shown as `<U+0007>`."""
-    if isinstance(value, str):
-        return _UNPRINTABLE.sub(_show, value)
-    if isinstance(value, tuple):
-        return tuple(make_printable(item) for item in value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        names = [field.name for field in dataclasses.fields(value)]
-        return dataclasses.replace(value, **{name: make_printable(getattr(value, name)) for name in names})
-    return value
 
 
 def format_day(day: date | None) -> str:
