@@ -5,7 +5,6 @@ Nothing is retried here: Retryable says that the caller may, and after how long.
 
 import asyncio
 import json
-import re
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +17,7 @@ from connectors.dicomweb.http import http_failures, open_client, status_error, t
 from connectors.dicomweb.outcomes import StoreOutcome, not_mentioned, outcomes_of
 from connectors.dicomweb.retrieve import StudyRetrieve
 from connectors.dicomweb.spool import FetchedStudy
+from connectors.dicomweb.uids import checked_uid
 from connectors.dicomweb.upload import Upload, prepare
 from connectors.errors import Permanent
 
@@ -27,15 +27,7 @@ Progress = Callable[[int, int], None]
 STUDY_UID, SERIES_UID, SOP_UID = "0020000D", "0020000E", "00080018"
 # Statuses under which PS3.18 10.5.3 (and Orthanc: 400) still tells the outcome of every instance.
 _STORE_ANSWERS = (200, 202, 400, 409)
-_UID = re.compile(r"[0-9]+(\.[0-9]+)*")
 _MAX_SINGLE_LOOKUPS = 16
-
-
-def checked_uid(uid: str, what: str) -> str:
-    """`uid` itself if it is a DICOM UID (PS3.5 9.1); Permanent otherwise, before it can end up in a URL."""
-    if len(uid) > 64 or not _UID.fullmatch(uid):
-        raise Permanent(f"{what} is not a DICOM UID: only digits and dots, 64 characters at most.")
-    return uid
 
 
 class DicomwebClient:

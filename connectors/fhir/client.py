@@ -1,0 +1,256 @@
+"""A FHIR R4 server as asyncio calls: search, read, transaction (FHIR R4 http.html).
+
+Nothing is retried here: Retryable says that the caller may, and after how long.
+"""
+
+import asyncio
+import json
+import logging
+import re
+import ssl
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import httpx
+
+from connectors.errors import Ambiguous, ConnectorError, Permanent, Retryable
+from connectors.fhir.config import FhirConfig
+from connectors.fhir.outcome import check_transaction, status_error
+
+# httpx prints every URL at INFO, and a FHIR query holds patient names and ids.
+logging.getLogger("httpx").setLevel(logging.WARNING)
+
+Json = dict[str, Any]
+
+MEDIA_TYPE = "application/fhir+json"
+_TYPE = re.compile(r"[A-Z][A-Za-z]{1,63}")
+_REFERENCE = re.compile(r"[A-Z][A-Za-z]{1,63}/[A-Za-z0-9\-.]{1,64}(/_history/[A-Za-z0-9\-.]{1,64})?")
+# The gateway gave up on the server, which may still be at work.
+_GATEWAY_STATUS = (502, 504)
+
+
+class FhirClient:
+    """Talks to one FHIR server. Close it with `aclose`."""
+
+    def __init__(self, config: FhirConfig) -> None:
+        self._config = config
+        headers = {"Accept": MEDIA_TYPE}
+        if config.token:
+            headers["Authorization"] = f"Bearer {config.token.get_secret_value()}"
+        self._http = httpx.AsyncClient(
+            verify=ssl.create_default_context(cafile=config.ca_file),
+            headers=headers,
+            timeout=httpx.Timeout(config.read_timeout_s, connect=config.connect_timeout_s),
+            limits=httpx.Limits(max_connections=8, keepalive_expiry=2.0),
+            trust_env=False,
+        )
+
+    async def search(
+        self, resource_type: str, params: Mapping[str, str | list[str]], *, limit: int | None = None
+    ) -> list[Json]:
+        """Resources of this type that match, over all pages; `limit` ends it early, and is what is asked for.
+
+        Included resources and outcomes are left out. Pages are followed on the server's own origin only.
+        Raises Permanent for a page elsewhere, a page seen before, or more than max_pages or max_resources.
+        """
+        if not _TYPE.fullmatch(resource_type):
+            raise Permanent(f"{self._config.name}: {resource_type!r} is not a FHIR resource type.")
+        where = f"{self._config.name}: search of {resource_type}"
+        url = httpx.URL(f"{self._config.url}/{resource_type}", params=params)
+        found: list[Json] = []
+        seen: set[httpx.URL] = set()
+        while True:
+            self._check_page(url, seen, where)
+            seen.add(url)
+            page = await self._bundle(url, where)
+            found += _matches(page, resource_type)
+            if limit is not None and len(found) >= limit:
+                return found[:limit]
+            self._check_amount(found, where)
+            following = _next_link(page)
+            if following is None:
+                return found
+            url = url.join(following)
+
+    async def read(self, reference: str) -> Json:
+        """The resource that `Type/id`, or the same below this server's own URL, refers to."""
+        relative = reference.removeprefix(f"{self._config.url}/")
+        if not _REFERENCE.fullmatch(relative):
+            raise Permanent(f"{self._config.name}: a reference to read is not Type/id on this server.")
+        resource_type = relative.partition("/")[0]
+        where = f"{self._config.name}: read of {resource_type}"
+        resource = await self._exchange("GET", httpx.URL(f"{self._config.url}/{relative}"), where)
+        if not isinstance(resource, dict) or resource.get("resourceType") != resource_type:
+            raise Permanent(f"{where}: the server answered with another type of resource.")
+        return resource
+
+    async def transaction(self, bundle: Json) -> Json:
+        """Sends a transaction Bundle, and gives the response Bundle once every entry in it says 2xx.
+
+        No answer after sending is Retryable if every entry is conditional (PUT, DELETE, or POST with ifNoneExist):
+        repeated, such a transaction has the same effect. With any other entry it is Ambiguous.
+        """
+        where = f"{self._config.name}: transaction"
+        entries = bundle.get("entry")
+        if bundle.get("type") != "transaction" or not isinstance(entries, list) or not entries:
+            raise Permanent(f"{where}: what is to be sent is not a transaction Bundle with entries.")
+        body = json.dumps(bundle, ensure_ascii=False, allow_nan=False).encode()
+        url = httpx.URL(self._config.url)
+        answer = await self._exchange("POST", url, where, body=body, repeatable=all(map(_is_repeatable, entries)))
+        return check_transaction(answer, len(entries), where)
+
+    async def probe(self) -> str:
+        """Says which server answers and in which FHIR version; Permanent unless that is R4 (4.x)."""
+        where = f"{self._config.name}: capability statement"
+        statement = await self._exchange("GET", httpx.URL(f"{self._config.url}/metadata"), where)
+        if not isinstance(statement, dict) or statement.get("resourceType") != "CapabilityStatement":
+            raise Permanent(f"{where}: the server sent none. Check that url is the FHIR base.")
+        version = str(statement.get("fhirVersion", "unknown"))
+        if not version.startswith("4."):
+            raise Permanent(f"{where}: the server speaks FHIR {version}; this connector needs R4 (4.x).")
+        software = statement.get("software")
+        name = software.get("name", "unnamed software") if isinstance(software, dict) else "unnamed software"
+        return f"{self._config.name}: {name}, FHIR {version}"
+
+    async def aclose(self) -> None:
+        """Closes all connections."""
+        await self._http.aclose()
+
+    def _check_page(self, url: httpx.URL, seen: set[httpx.URL], where: str) -> None:
+        base = httpx.URL(self._config.url)
+        if _origin(url) != _origin(base):
+            raise Permanent(
+                f"{where}: the next page is on another origin ({url.scheme}://{url.host}), which is not followed. "
+                "Make url and the server's own base URL the same."
+            )
+        if url in seen:
+            raise Permanent(f"{where}: the pages go round in a loop after {len(seen)} of them.")
+        if len(seen) >= self._config.max_pages:
+            raise Permanent(f"{where}: more than max_pages ({self._config.max_pages}). Narrow it or raise the setting.")
+
+    def _check_amount(self, found: list[Json], where: str) -> None:
+        if len(found) > self._config.max_resources:
+            raise Permanent(
+                f"{where}: more than max_resources ({self._config.max_resources}). Narrow it or raise the setting."
+            )
+
+    async def _bundle(self, url: httpx.URL, where: str) -> Json:
+        page = await self._exchange("GET", url, where)
+        if not isinstance(page, dict) or page.get("resourceType") != "Bundle":
+            raise Permanent(f"{where}: the server answered with something else than a Bundle.")
+        return page
+
+    async def _exchange(
+        self, method: str, url: httpx.URL, where: str, *, body: bytes | None = None, repeatable: bool = True
+    ) -> object:
+        """One request; the JSON of its answer, or the error that stands for what came."""
+        headers = {"Content-Type": MEDIA_TYPE} if body is not None else {}
+        request = self._http.build_request(method, url, content=body, headers=headers)
+        with _failures(where, repeatable):
+            async with asyncio.timeout(self._config.request_timeout_s):
+                answer, content = await self._receive(request, where)
+        resource = _json_of(content)
+        if not repeatable and answer.status_code in _GATEWAY_STATUS:
+            raise _unanswered(where, f"HTTP {answer.status_code}")
+        if error := status_error(answer.status_code, answer.headers, resource, where):
+            raise error
+        if resource is None:
+            kind = answer.headers.get("content-type", "no Content-Type").partition(";")[0]
+            _refuse(f"{where}: the answer is not JSON ({kind}). Check that url is the FHIR base.", sent=body)
+        return resource
+
+    async def _receive(self, request: httpx.Request, where: str) -> tuple[httpx.Response, bytes]:
+        answer = await self._http.send(request, stream=True)
+        content = bytearray()
+        try:
+            async for chunk in answer.aiter_bytes():
+                content += chunk
+                if len(content) > self._config.max_answer_bytes:
+                    limit = self._config.max_answer_bytes
+                    sent = request.method == "POST" and answer.is_success
+                    _refuse(f"{where}: the answer is larger than max_answer_bytes ({limit}).", sent=sent)
+        finally:
+            await answer.aclose()
+        return answer, bytes(content)
+
+
+def _refuse(message: str, *, sent: object) -> None:
+    """Raises for an unusable answer: Ambiguous where the server may have acted on what was sent."""
+    if sent:
+        raise Ambiguous(f"{message} The server may have acted; look there before sending it again.")
+    raise Permanent(message)
+
+
+def _unanswered(where: str, what: str) -> Ambiguous:
+    return Ambiguous(f"{where}: sent, but no answer of the server ({what}). Look there before sending it again.")
+
+
+@contextmanager
+def _failures(where: str, repeatable: bool) -> Iterator[None]:
+    """Turns failures of the connection into Retryable, or Ambiguous where something unrepeatable was sent."""
+    try:
+        yield
+    except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
+        raise _connect_error(error, where) from error
+    except (httpx.UnsupportedProtocol, httpx.LocalProtocolError) as error:
+        raise Permanent(f"{where}: the request cannot be sent. Check url and token.") from error
+    except httpx.DecodingError as error:
+        raise Permanent(f"{where}: the answer's compression is broken.") from error
+    except (httpx.TransportError, TimeoutError) as error:
+        what = "time limit" if isinstance(error, httpx.TimeoutException | TimeoutError) else type(error).__name__
+        if not repeatable:
+            raise _unanswered(where, what) from error
+        raise Retryable(f"{where}: no answer ({what}).") from error
+
+
+def _connect_error(error: Exception, where: str) -> ConnectorError:
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, ssl.SSLCertVerificationError):
+            return Permanent(
+                f"{where}: its certificate is not trusted ({cause.verify_message}). Check ca_file and url."
+            )
+        cause = cause.__cause__ or cause.__context__
+    return Retryable(f"{where}: no connection ({error or 'time limit'}). Check that the server runs and url is right.")
+
+
+def _json_of(content: bytes) -> object:
+    """The JSON in an answer, None if it is not JSON."""
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _origin(url: httpx.URL) -> tuple[str, str, int | None]:
+    return url.scheme, url.host, url.port or {"http": 80, "https": 443}.get(url.scheme)
+
+
+def _entries(bundle: Json) -> list[Json]:
+    entries = bundle.get("entry")
+    return [entry for entry in entries if isinstance(entry, dict)] if isinstance(entries, list) else []
+
+
+def _matches(bundle: Json, resource_type: str) -> Iterator[Json]:
+    """Resources of the asked type that the search matched; an entry without a mode counts as a match."""
+    for entry in _entries(bundle):
+        resource, search = entry.get("resource"), entry.get("search")
+        mode = search.get("mode", "match") if isinstance(search, dict) else "match"
+        if mode == "match" and isinstance(resource, dict) and resource.get("resourceType") == resource_type:
+            yield resource
+
+
+def _next_link(bundle: Json) -> str | None:
+    links = bundle.get("link")
+    for link in links if isinstance(links, list) else []:
+        if isinstance(link, dict) and link.get("relation") == "next" and isinstance(link.get("url"), str):
+            return str(link["url"])
+    return None
+
+
+def _is_repeatable(entry: object) -> bool:
+    request = entry.get("request") if isinstance(entry, dict) else None
+    if not isinstance(request, dict):
+        return False
+    return request.get("method") in ("GET", "HEAD", "PUT", "DELETE") or bool(request.get("ifNoneExist"))
