@@ -261,7 +261,7 @@ def _command(models: list[Path], backends: Path, server_id: str, grpc: int, http
         "allow-gpu-metrics": "false",
         "pinned-memory-pool-byte-size": 0,
         "log-info": "false",
-        "exit-timeout-secs": 2,
+        "exit-timeout-secs": 0,
         "backend-config": f"python,shm-region-prefix-name={server_id}_",
     }
     repositories = [f"--model-repository={path}" for path in models]

@@ -117,9 +117,9 @@ def test_noise_is_not_taken_for_a_gland(study: RealStudy) -> None:
     random = np.random.default_rng(0)
     shape = study.gland.shape
     inputs: dict[str, Array] = {
-        "t2w": random.normal(300, 50, shape),
-        "adc": random.normal(1300, 500, shape),
-        "hbv": random.normal(20, 5, shape),
+        "t2w": np.asarray(random.normal(300, 50, shape)),
+        "adc": np.asarray(random.normal(1300, 500, shape)),
+        "hbv": np.asarray(random.normal(20, 5, shape)),
         "spacing": study.inputs["spacing"],
     }
     nothing = _read(inputs)

@@ -26,6 +26,7 @@ from scipy import ndimage, optimize, spatial
 
 Array = NDArray[np.float64]
 Mask = NDArray[np.bool_]
+Volumes = tuple[Array, Array, Array]  # T2, ADC, high-b
 
 COARSE_GRID_MM, SEARCH_GRID_MM = 4.0, 2.0
 SEARCH_HALF_Y_MM = 60.0
@@ -123,7 +124,7 @@ def fit_gland(t2w: Array, adc: Array, hbv: Array, spacing: Array) -> Array | Non
     return shape if contrast(shape, *evidence(*volumes, grid), grid) >= MIN_CONTRAST else None
 
 
-def _best_shape(start: Array, volumes: list[Array], grid: Grid) -> tuple[Array, float]:
+def _best_shape(start: Array, volumes: Volumes, grid: Grid) -> tuple[Array, float]:
     """The nearest best shape and its cost: the weak prior less the contrast."""
     tissue, peripheral = evidence(*volumes, grid)
 
@@ -208,9 +209,10 @@ def outline(shape: Array, t2w: Array, adc: Array, hbv: Array, spacing: Array) ->
 
 def _box(shape: Array, grid: Grid) -> tuple[slice, slice, slice]:
     """The slices that hold the shape and a margin."""
-    near = radii(shape, grid)[0] < 1.3
-    found = ndimage.find_objects(near.astype(np.uint8))
-    return found[0] if found else (slice(0, 0),) * 3
+    radius = radii(shape, grid)[0]
+    near = np.argwhere(radius <= max(1.3, float(radius.min())))
+    low, high = near.min(axis=0), near.max(axis=0) + 1
+    return slice(low[0], high[0]), slice(low[1], high[1]), slice(low[2], high[2])
 
 
 def _one_piece(mask: Mask) -> Mask:
@@ -303,14 +305,14 @@ def longest_diameter_mm(mask: Mask, spacing: Array) -> float:
     return float(spatial.distance.pdist(points).max(initial=0.0)) + float(spacing[1])
 
 
-def _search_grid(volumes: tuple[Array, ...], spacing: Array, step_mm: float) -> tuple[list[Array], Grid]:
+def _search_grid(volumes: Volumes, spacing: Array, step_mm: float) -> tuple[Volumes, Grid]:
     """Block means on a grid of about `step_mm`, cut to the middle of the field of view."""
     blocks = tuple(max(1, round(step_mm / float(s))) for s in spacing)
     fine = _grid(volumes[0].shape, spacing)
     z, y, x = (_block_mean(axis.reshape(-1), (b,)) for axis, b in zip((fine.z, fine.y, fine.x), blocks, strict=True))
     rows, columns = np.abs(y) < SEARCH_HALF_Y_MM, np.abs(x) < SEARCH_HALF_X_MM
-    small = [_block_mean(v, blocks)[:, rows][:, :, columns] for v in volumes]
-    return small, Grid(z[:, None, None], y[rows][None, :, None], x[columns][None, None, :])
+    t2w, adc, hbv = (_block_mean(v, blocks)[:, rows][:, :, columns] for v in volumes)
+    return (t2w, adc, hbv), Grid(z[:, None, None], y[rows][None, :, None], x[columns][None, None, :])
 
 
 def _block_mean(volume: Array, blocks: tuple[int, ...]) -> Array:
@@ -322,7 +324,7 @@ def _block_mean(volume: Array, blocks: tuple[int, ...]) -> Array:
 
 
 def _grid(shape: tuple[int, ...], spacing: Array) -> Grid:
-    z, y, x = ((np.arange(n) - (n - 1) / 2) * float(s) for n, s in zip(shape, spacing, strict=True))
+    z, y, x = ((np.arange(n, dtype=np.float64) - (n - 1) / 2) * float(s) for n, s in zip(shape, spacing, strict=True))
     return Grid(z[:, None, None], y[None, :, None], x[None, None, :])
 
 
