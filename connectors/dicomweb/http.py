@@ -28,9 +28,15 @@ class _Headers(Protocol):
 
 def tls_context(config: DicomwebConfig) -> ssl.SSLContext:
     """TLS as the settings ask: the server's CA, and our certificate where there is one."""
-    context = ssl.create_default_context(cafile=config.ca_file)
-    if config.client_cert_file:
-        context.load_cert_chain(config.client_cert_file, config.client_key_file)
+    try:
+        context = ssl.create_default_context(cafile=config.ca_file)
+        if config.client_cert_file:
+            # An empty password makes an encrypted key fail here, where none would ask at the terminal.
+            context.load_cert_chain(config.client_cert_file, config.client_key_file, "")
+    except OSError as error:
+        raise Permanent(
+            f"{config.name}: ca_file, client_cert_file or client_key_file cannot be used ({type(error).__name__})."
+        ) from error
     return context
 
 

@@ -39,7 +39,7 @@ class FhirClient:
         if config.token:
             headers["Authorization"] = f"Bearer {config.token.get_secret_value()}"
         self._http = httpx.AsyncClient(
-            verify=ssl.create_default_context(cafile=config.ca_file),
+            verify=_tls_context(config),
             headers=headers,
             timeout=httpx.Timeout(config.read_timeout_s, connect=config.connect_timeout_s),
             limits=httpx.Limits(max_connections=8, keepalive_expiry=2.0),
@@ -71,7 +71,7 @@ class FhirClient:
             following = _next_link(page)
             if following is None:
                 return found
-            url = url.join(following)
+            url = _joined(url, following, where)
 
     async def read(self, reference: str) -> Json:
         """The resource that `Type/id`, or the same below this server's own URL, refers to."""
@@ -167,12 +167,26 @@ class FhirClient:
             async for chunk in answer.aiter_bytes():
                 content += chunk
                 if len(content) > self._config.max_answer_bytes:
-                    limit = self._config.max_answer_bytes
-                    sent = request.method == "POST" and answer.is_success
-                    _refuse(f"{where}: the answer is larger than max_answer_bytes ({limit}).", sent=sent)
+                    self._too_large(answer, where)
+                    # An error page of any size is still that error.
+                    break
         finally:
             await answer.aclose()
         return answer, bytes(content)
+
+    def _too_large(self, answer: httpx.Response, where: str) -> None:
+        if answer.is_success:
+            limit = self._config.max_answer_bytes
+            _refuse(
+                f"{where}: the answer is larger than max_answer_bytes ({limit}).", sent=answer.request.method == "POST"
+            )
+
+
+def _tls_context(config: FhirConfig) -> ssl.SSLContext:
+    try:
+        return ssl.create_default_context(cafile=config.ca_file)
+    except OSError as error:
+        raise Permanent(f"{config.name}: ca_file cannot be used ({type(error).__name__}).") from error
 
 
 def _refuse(message: str, *, sent: object) -> None:
@@ -247,6 +261,13 @@ def _next_link(bundle: Json) -> str | None:
         if isinstance(link, dict) and link.get("relation") == "next" and isinstance(link.get("url"), str):
             return str(link["url"])
     return None
+
+
+def _joined(url: httpx.URL, following: str, where: str) -> httpx.URL:
+    try:
+        return url.join(following)
+    except httpx.InvalidURL as error:
+        raise Permanent(f"{where}: the link to the next page is no URL.") from error
 
 
 def _is_repeatable(entry: object) -> bool:

@@ -85,21 +85,29 @@ def check_transaction(answer: object, sent_entries: int, where: str) -> Json:
     """
     if not isinstance(answer, dict) or answer.get("resourceType") != "Bundle":
         raise Ambiguous(f"{where}: the server said success but sent no Bundle; look there before sending it again.")
-    entries = answer.get("entry") or []
+    listed = answer.get("entry")
+    entries = listed if isinstance(listed, list) else []
     if failed := list(_failures(entries)):
         raise Permanent(f"{where}: the server refused {len(failed)} of {sent_entries} entries: {'; '.join(failed)}")
-    if len(entries) != sent_entries:
+    done = sum(_status(entry).startswith(("2", "304")) for entry in entries)
+    if done != sent_entries:
         raise Ambiguous(
-            f"{where}: the server said success but accounts for {len(entries)} of {sent_entries} entries; "
+            f"{where}: the server said success but accounts for {done} of {sent_entries} entries; "
             "look there before sending it again."
         )
     return answer
 
 
-def _failures(entries: object) -> Iterator[str]:
-    for number, entry in enumerate(entries if isinstance(entries, list) else [], 1):
-        response = entry.get("response") if isinstance(entry, dict) else None
-        status = str(response.get("status", "")) if isinstance(response, dict) else ""
-        if not status.startswith("2"):
-            said = issues_of(response.get("outcome")) if isinstance(response, dict) else ""
-            yield f"entry {number}: status {status[:40] or 'missing'} {said}".rstrip()
+def _response(entry: object) -> Json:
+    response = entry.get("response") if isinstance(entry, dict) else None
+    return response if isinstance(response, dict) else {}
+
+
+def _status(entry: object) -> str:
+    return str(_response(entry).get("status", ""))
+
+
+def _failures(entries: list[object]) -> Iterator[str]:
+    for number, entry in enumerate(entries, 1):
+        if _status(entry).startswith(("4", "5")):
+            yield f"entry {number}: {_status(entry)[:40]} {issues_of(_response(entry).get('outcome'))}".rstrip()
