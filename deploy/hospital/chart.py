@@ -2,8 +2,8 @@
 
 Every entry is a conditional create by identifier (`ifNoneExist`): loading it twice stores it once.
 Sources: FHIR R4 4.0.1; identifier types HL7 v2 table 0203 (MR, PLAC, FILL, ACSN, PRN); LOINC 2857-1 (PSA),
-2160-0 (creatinine), 33914-3 (eGFR, MDRD), 36482-2 is not used: LOINC 79073-8 names "MR Prostate WO and W
-contrast IV"; SNOMED CT 396152005 (raised PSA); UCUM units.
+2160-0 (creatinine), 33914-3 (eGFR, MDRD), 36389-5 (MR prostate WO and W contrast IV); SNOMED CT 396152005
+(raised PSA); UCUM units.
 """
 
 import uuid
@@ -103,7 +103,7 @@ def _patient(spec: PhantomSpec) -> Resource:
 
 
 def _service_request(spec: PhantomSpec) -> Resource:
-    prostate_mri = {"system": LOINC, "code": "79073-8", "display": "MR Prostate WO and W contrast IV"}
+    prostate_mri = {"system": LOINC, "code": "36389-5", "display": "MR Prostate WO and W contrast IV"}
     return {
         "resourceType": "ServiceRequest",
         "identifier": [

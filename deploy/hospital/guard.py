@@ -39,7 +39,9 @@ def _prepare_child() -> None:
 
 
 def _end_with_asker(child: subprocess.Popen[bytes], stop_timeout_s: float) -> None:
-    sys.stdin.buffer.read()
+    # Not `sys.stdin`: the interpreter could not shut down while a thread waits in its buffer.
+    while os.read(0, 4096):
+        pass
     _signal_group(child.pid, signal.SIGTERM)
     try:
         child.wait(stop_timeout_s)
