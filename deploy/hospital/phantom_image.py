@@ -133,7 +133,7 @@ def _diffusion_signal(spec: PhantomSpec, local: Floats) -> tuple[Floats, Floats]
     adc = SIGNALS[tissue, 2]
     for lesion in spec.lesions:
         adc[in_lesion(spec, local, lesion)] = lesion.adc_um2_s
-    for kind, strength in ((Tissue.TRANSITION, 130.0), (Tissue.PERIPHERAL, 110.0)):
+    for kind, strength in ((Tissue.TRANSITION, 60.0), (Tissue.PERIPHERAL, 90.0)):
         where = tissue == kind
         adc[where] += strength * _texture(local[where], coarse=False)
     return SIGNALS[tissue, 1], adc

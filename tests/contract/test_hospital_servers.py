@@ -18,7 +18,7 @@ import pytest
 from dicomweb_client.api import DICOMwebClient
 
 from deploy.hospital.chart import ACCESSION_SYSTEM, MRN_SYSTEM, chart_bundle
-from deploy.hospital.ehr import RunningEhr, start_fallback, start_hapi
+from deploy.hospital.ehr import RunningEhr, start_ehr, start_fallback, start_hapi
 from deploy.hospital.pacs import RunningOrthanc, start_orthanc
 from deploy.hospital.phantom import PhantomSpec
 from deploy.hospital.phantom_dicom import study_instance_uid, write_phantom
@@ -93,6 +93,15 @@ def fallback(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningEhr]:
 def ehr(request: pytest.FixtureRequest) -> RunningEhr:
     running: RunningEhr = request.getfixturevalue(request.param)
     return running
+
+
+def test_without_java_the_fallback_starts_and_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("deploy.hospital.ehr.CACHE", tmp_path / "cache")
+    monkeypatch.setattr("shutil.which", lambda program: None)
+    with start_ehr(tmp_path) as running:
+        assert running.kind == "fallback: in-memory FHIR"
+        assert httpx.get(f"{running.url}/metadata").json()["fhirVersion"] == "4.0.1"
+    assert "java and mvn not found" in (tmp_path / "ehr-fallback-reason.txt").read_text()
 
 
 def _spec(name: str) -> PhantomSpec:
