@@ -4,6 +4,7 @@ from dataclasses import replace
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import nibabel
 import numpy as np
@@ -22,12 +23,12 @@ STUDY_DIR = Path(__file__).parents[2] / "shared" / "data" / "prostatex-0000"
 TILT_RAD = 0.3
 
 
-def build_sources(shape: tuple[int, int, int] = (11, 32, 40), **changes: object) -> list[Dataset]:
+def build_sources(shape: tuple[int, int, int] = (11, 32, 40), **changes: Any) -> list[Dataset]:
     """Oblique axial T2 headers ascending along the normal, without pixel data, as a scanner states them."""
     return [_build_source(index, shape, changes) for index in range(shape[0])]
 
 
-def _build_source(index: int, shape: tuple[int, int, int], changes: dict[str, object]) -> Dataset:
+def _build_source(index: int, shape: tuple[int, int, int], changes: dict[str, Any]) -> Dataset:
     ds = Dataset()
     ds.file_meta = FileMetaDataset()
     ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
@@ -130,7 +131,7 @@ def load_real_volumes() -> dict[str, Volume]:
     affine[:3, 3] = t2w.GetOrigin()
     geometry = Geometry(
         tuple(reversed(t2w.GetSize())),
-        tuple(tuple(float(v) for v in row) for row in affine),
+        tuple((float(a), float(b), float(c), float(d)) for a, b, c, d in affine),
         t2w_series[0].FrameOfReferenceUID,
     )
     volumes = {}
@@ -144,7 +145,7 @@ def load_real_volumes() -> dict[str, Volume]:
 
 def load_truth(name: str) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.float64]]:
     """A truth mask as `(slices, rows, columns)` and its 4x4 affine (column, row, slice) -> LPS mm."""
-    nifti = nibabel.load(STUDY_DIR / "truth" / f"{name}.nii.gz")
+    nifti: Any = nibabel.load(STUDY_DIR / "truth" / f"{name}.nii.gz")
     lps = np.diag([-1.0, -1.0, 1.0, 1.0]) @ nifti.affine
     return np.ascontiguousarray(np.asarray(nifti.dataobj).astype(np.uint8).T), lps
 

@@ -231,8 +231,9 @@ def _draw_header(canvas: Image.Image, headline: Sequence[str]) -> None:
     """What it is at the left; at the right, that nobody has verified it."""
     draw = ImageDraw.Draw(canvas)
     middle = HEADER_PX / 2
-    draw.text((16, middle), SEPARATOR.join(headline), font=load_font(26), fill=WHITE, anchor="lm")
     box = draw.textbbox((canvas.width - 26, middle), NOT_VERIFIED, font=load_font(22), anchor="rm")
+    title = fit_text(draw, SEPARATOR.join(headline), 26, box[0] - 44)
+    draw.text((16, middle), title, font=load_font(26), fill=WHITE, anchor="lm")
     draw.rounded_rectangle((box[0] - 12, 9, box[2] + 12, HEADER_PX - 9), radius=8, fill=AMBER)
     draw.text((canvas.width - 26, middle), NOT_VERIFIED, font=load_font(22), fill=(0, 0, 0), anchor="rm")
 
@@ -243,14 +244,23 @@ def _draw_footer(
     """Place and numbers, then what the colours mean; at the right, which slice it is."""
     draw = ImageDraw.Draw(canvas)
     first, second, third = (HEADER_PX + PANEL_PX + offset for offset in (23, 54, 85))
-    draw.text((16, first), lines[0], font=load_font(20), fill=WHITE, anchor="lm")
-    draw.text((16, second), lines[1], font=load_font(20), fill=WHITE, anchor="lm")
+    for middle, line, width in ((first, lines[0], canvas.width - 240), (second, lines[1], canvas.width - 32)):
+        draw.text((16, middle), fit_text(draw, line, 20, width), font=load_font(20), fill=WHITE, anchor="lm")
     draw.text((canvas.width - 16, first), slice_text, font=load_font(20), fill=MUTED, anchor="rm")
     left = 16.0
     for text, rgb in _legend(masks, frame):
         draw.line((left, third, left + 22, third), fill=rgb, width=3)
         draw.text((left + 30, third), text, font=load_font(18), fill=MUTED, anchor="lm")
         left += 30 + draw.textlength(text, font=load_font(18)) + 28
+
+
+def fit_text(draw: ImageDraw.ImageDraw, text: str, size_px: int, width_px: float) -> str:
+    """`text`, cut with an ellipsis where it is wider than `width_px`."""
+    if draw.textlength(text, font=load_font(size_px)) <= width_px:
+        return text
+    while text and draw.textlength(text + "...", font=load_font(size_px)) > width_px:
+        text = text[:-1]
+    return text.rstrip() + "..."
 
 
 def _legend(masks: Mapping[str, Mask], frame: int) -> list[tuple[str, Rgb]]:

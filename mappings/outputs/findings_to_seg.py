@@ -67,6 +67,7 @@ def findings_to_seg(findings: Findings, masks: Mapping[str, Mask], sources: Sequ
         series_description=shorten(f"{NOT_VERIFIED}: segmentation, {findings.protocol_title}"),
         coding_schemes=private_schemes([segment.type for segment in findings.segments]),
     )
+    segmentation.ContentCreatorName = ""  # type 2, and highdicom leaves it out: no person made this
     add_study(segmentation, sources[0])
     _derive_dimension_uid(segmentation, findings)
     set_times(segmentation, local_time(findings, sources[0]))

@@ -4,6 +4,7 @@ from dataclasses import replace
 from datetime import datetime
 from functools import cache
 from io import BytesIO
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -170,6 +171,12 @@ def test_the_warning_is_burned_in() -> None:
         assert amber.sum() > 3000
 
 
+def test_a_long_title_does_not_run_into_the_warning() -> None:
+    lesion = replace(build_lesion(), title="Lesion with a very long title " * 6)
+    image = draw(build_findings(lesions=(lesion,)))[1]
+    assert np.array_equal(image.rgb[:HEADER_PX, -260:], render()[1].rgb[:HEADER_PX, -260:])
+
+
 def test_no_lesion_still_gives_the_overview() -> None:
     (image,) = render(build_findings(lesions=()))
     assert image.name == "gland"
@@ -212,7 +219,7 @@ def test_equal_arguments_give_equal_bytes() -> None:
     assert [i.png for i in draw(build_findings())] == [i.png for i in render()]
 
 
-def render_sc(index: int = 1, **changes: object) -> Dataset:
+def render_sc(index: int = 1, **changes: Any) -> Dataset:
     """A key image as Secondary Capture, written and read again."""
     image = render()[index]
     source = build_sources(**changes)[image.frame_index]

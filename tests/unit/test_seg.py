@@ -1,9 +1,11 @@
 """findings_to_seg: what the SEG says, what it refuses, and that it is a pure function of its arguments."""
 
 import warnings
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from io import BytesIO
+from typing import Any
 
 import numpy as np
 import pydicom
@@ -20,11 +22,16 @@ from tests.dicom_sources import build_sources
 JAPANESE = "Yamada^Tarou=山田^太郎=やまだ^たろう"
 
 
-def render(**changes: object) -> Dataset:
-    """The SEG of the builders' study, written and read again; `changes` go to the source headers."""
-    seg = findings_to_seg(build_findings(), build_masks(), build_sources(**changes))
+def render_bytes(sources: Sequence[Dataset]) -> bytes:
+    """The file of the builders' findings on these sources."""
+    seg = findings_to_seg(build_findings(), build_masks(), sources)
     assert seg is not None
-    return pydicom.dcmread(BytesIO(write_dicom(seg)))
+    return write_dicom(seg)
+
+
+def render(**changes: Any) -> Dataset:
+    """The SEG of the builders' study, written and read again; `changes` go to the source headers."""
+    return pydicom.dcmread(BytesIO(render_bytes(build_sources(**changes))))
 
 
 def read_segment(seg: Dataset, number: int, shape: tuple[int, int, int]) -> np.ndarray:
@@ -103,7 +110,7 @@ def test_frames_reference_the_source_slice_they_were_drawn_on() -> None:
 
 
 def test_equal_arguments_give_equal_bytes_and_nothing_is_taken_from_the_clock() -> None:
-    first, second = (write_dicom(findings_to_seg(build_findings(), build_masks(), build_sources())) for _ in range(2))
+    first, second = (render_bytes(build_sources()) for _ in range(2))
     assert first == second
     assert datetime.now().strftime("%Y%m%d").encode() not in first
 
@@ -133,7 +140,7 @@ def test_another_revision_has_other_uids() -> None:
 def test_names_stay_readable(charset: object, name: str) -> None:
     source = build_sources(SpecificCharacterSet=charset, PatientName=name)
     again = [pydicom.dcmread(BytesIO(write_dicom(item))) for item in source]
-    seg = pydicom.dcmread(BytesIO(write_dicom(findings_to_seg(build_findings(), build_masks(), again))))
+    seg = pydicom.dcmread(BytesIO(render_bytes(again)))
     assert seg.SpecificCharacterSet == "ISO_IR 192"
     assert str(seg.PatientName) == name
 

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from datetime import datetime
 from io import BytesIO
+from typing import Any
 
 import pydicom
 import pytest
@@ -21,7 +22,7 @@ from tests.builders import build_context, build_findings, build_gland, build_les
 from tests.dicom_sources import build_sources
 
 
-def render(findings: Findings, **changes: object) -> Dataset:
+def render(findings: Findings, **changes: Any) -> Dataset:
     """The report, written and read again; `changes` go to the source headers."""
     sources = build_sources(**changes)
     seg = findings_to_seg(findings, build_masks(), sources)
@@ -184,7 +185,9 @@ def test_observer_model_order_and_procedure_are_stated() -> None:
 def test_procedure_of_the_protocol_comes_first_and_an_unknown_scheme_is_not_passed_on() -> None:
     mri = Code("719178004", "SCT", "Multiparametric MRI of prostate")
     assert read_codes(render(build_findings(procedure=mri)), "121058") == ["719178004"]
-    order = replace(build_context().order, code=Code("PROSMR", "local", "MR prostaat"))
+    known = build_context().order
+    assert known is not None
+    order = replace(known, code=Code("PROSMR", "local", "MR prostaat"))
     report = render(build_findings(context=build_context(order=order)))
     assert read_codes(report, "121058") == ["363679005"]
     assert len(report.ReferencedRequestSequence[0].RequestedProcedureCodeSequence) == 0
