@@ -11,6 +11,11 @@ Json = dict[str, Any]
 NO_DISPLAY = frozenset({"LN", "SCT"})
 """Schemes whose owners fix the display of a code: DICOM's meaning differs from theirs, so it goes into `text`."""
 
+DCM_OID = "urn:oid:1.2.840.10008.2.16.4"
+DCM_IN_R4 = frozenset({"110180", "111013", "112039", "112040", "113041", "121071", "121207", "126030"})
+"""DCM codes that servers' copies of the R4 code system hold (HAPI 8.8's is of about 2014). Any other DCM code is
+sent under the scheme's OID, which names the same codes: under the URL such a server calls it an error."""
+
 DICOM_UID = "urn:dicom:uid"
 REPORT = "urn:wetread:report"
 RESULT = "urn:wetread:result"
@@ -27,7 +32,10 @@ def without_empty(element: Json) -> Json:
 def to_coding(code: Code, system: str | None = None) -> Json:
     """A Coding; `system` overrides the scheme's URL ("" for none)."""
     display = "" if code.scheme in NO_DISPLAY else code.meaning
-    return without_empty({"system": code.system if system is None else system, "code": code.value, "display": display})
+    if system is None:
+        newer = code.scheme == "DCM" and code.value not in DCM_IN_R4
+        system = DCM_OID if newer else code.system
+    return without_empty({"system": system, "code": code.value, "display": display})
 
 
 def to_concept(*codes: Code, text: str = "") -> Json:

@@ -182,7 +182,8 @@ def _report_entry(
 def _provenance_entry(findings: Findings, links: Links, targets: list[Json]) -> Json:
     """What made the report, from which inputs. R4's Provenance has no identifier: a tag derived from job and
     revision finds it again, so each revision leaves one."""
-    tag = {"system": PROVENANCE, "value": str(derive_uuid(findings.job_id, findings.revision, "provenance"))}
+    made = (findings.study_instance_uid, findings.job_id, str(findings.revision))
+    tag = {"system": PROVENANCE, "value": str(derive_uuid("provenance", findings.protocol_name, *made))}
     order = links.order if findings.context.order else None
     sources = [reference for reference in (links.study, order, links.psa) if reference]
     operation = "CREATE" if findings.revision == 1 else "UPDATE"
@@ -195,7 +196,7 @@ def _provenance_entry(findings: Findings, links: Links, targets: list[Json]) -> 
         "agent": [{"type": ASSEMBLER, "who": links.device}],
         "entity": [{"role": "source", "what": source} for source in sources],
     }
-    url = full_url(findings, "Provenance", findings.job_id, str(findings.revision))
+    url = full_url(findings, "Provenance", *made)
     return _create(url, provenance, to_query(tag, "_tag"))
 
 
