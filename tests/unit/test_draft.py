@@ -264,3 +264,14 @@ def test_words_for_names_and_ages() -> None:
         "old",
     )
     assert make_printable(("a\x00", 1, None)) == ("a<U+0000>", 1, None)
+
+
+def test_what_the_context_lacks_is_said_once(environment: jinja2.Environment) -> None:
+    reason = "PSA: no usable value"
+    findings = build_findings(
+        context=build_context(missing=(reason, "order: none")), blanks=(Blank("Clinical context", reason),)
+    )
+    draft = render(environment, findings)
+    assert draft.text.count(reason) == 1
+    assert Page(draft.html).text.count(reason) == 1
+    assert "order: none" in draft.text
