@@ -1,0 +1,328 @@
+"""The FHIR connector against a raw HTTP peer that pages, loops, lies and breaks. HAPI judges it elsewhere."""
+
+import json
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from connectors.errors import Ambiguous, Permanent, Retryable
+from connectors.fhir.client import FhirClient
+from connectors.fhir.config import FhirConfig
+
+Json = dict[str, Any]
+# (status, headers, body); None hangs up without an answer.
+Answer = tuple[int, dict[str, str], bytes] | None
+
+
+class Peer(ThreadingHTTPServer):
+    """Answers with what `script(path)` gives, and remembers the requests."""
+
+    def __init__(self, script: Callable[[str], Answer]) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.script = script
+        self.requests: list[tuple[str, str, dict[str, str], bytes]] = []
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Peer
+    protocol_version = "HTTP/1.1"
+
+    def do_GET(self) -> None:
+        body = self.rfile.read(int(self.headers.get("content-length", "0")))
+        self.server.requests.append((self.command, self.path, dict(self.headers), body))
+        answer = self.server.script(self.path)
+        if answer is None:
+            self.close_connection = True
+            return
+        status, headers, content = answer
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(content)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(content)
+
+    do_POST = do_GET
+
+    def log_message(self, format: str, *args: object) -> None:
+        """Quiet."""
+
+
+@contextmanager
+def peer(script: Callable[[str], Answer] | Answer) -> Iterator[Peer]:
+    server = Peer(script if callable(script) else lambda path: script)
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
+    thread.start()
+    try:
+        yield server
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join(10)
+
+
+def client(server: Peer, **settings: object) -> FhirClient:
+    url = f"http://127.0.0.1:{server.server_port}/fhir"
+    return FhirClient(FhirConfig.model_validate({"url": url, **settings}))
+
+
+def said(resource: object, status: int = 200, **headers: str) -> Answer:
+    return status, {"Content-Type": "application/fhir+json", **headers}, json.dumps(resource).encode()
+
+
+def page(*resources: Json, following: str | None = None, mode: str | None = "match") -> Json:
+    search = {"search": {"mode": mode}} if mode else {}
+    links = [{"relation": "self", "url": "x"}] + ([{"relation": "next", "url": following}] if following else [])
+    return {
+        "resourceType": "Bundle",
+        "type": "searchset",
+        "link": links,
+        "entry": [{"resource": one, **search} for one in resources],
+    }
+
+
+def observation(number: int) -> Json:
+    return {"resourceType": "Observation", "id": str(number)}
+
+
+def outcome(text: str = "bad value", expression: str = "Observation.status") -> Json:
+    issue = {"severity": "error", "code": "invalid", "diagnostics": text, "expression": [expression]}
+    return {"resourceType": "OperationOutcome", "issue": [issue]}
+
+
+def three_pages(path: str) -> Answer:
+    number = int(path.partition("page=")[2] or "1")
+    following = f"?page={number + 1}" if number < 3 else None
+    return said(page(observation(2 * number), observation(2 * number + 1), following=following))
+
+
+async def test_search_follows_pages_and_sends_what_was_asked() -> None:
+    with peer(three_pages) as server:
+        async with closing(client(server, token="secret-1")) as fhir:
+            found = await fhir.search("Observation", {"code": ["http://loinc.org|2857-1"], "_sort": "-date"})
+    assert [one["id"] for one in found] == ["2", "3", "4", "5", "6", "7"]
+    method, path, headers, _ = server.requests[0]
+    assert (method, path) == ("GET", "/fhir/Observation?code=http%3A%2F%2Floinc.org%7C2857-1&_sort=-date")
+    assert headers["Authorization"] == "Bearer secret-1"
+    assert headers["Accept"] == "application/fhir+json"
+
+
+async def test_limit_ends_the_search_early() -> None:
+    with peer(three_pages) as server:
+        async with closing(client(server)) as fhir:
+            assert len(await fhir.search("Observation", {}, limit=3)) == 3
+    assert len(server.requests) == 2
+
+
+async def test_only_matches_of_the_asked_type_are_given() -> None:
+    mixed = page(observation(1), {"resourceType": "Patient", "id": "p"}, outcome())
+    mixed["entry"] += page(observation(2), mode="include")["entry"] + page(observation(3), mode=None)["entry"]
+    mixed["entry"] += [None, {"fullUrl": "x"}, {"resource": "text"}]
+    with peer(said(mixed)) as server:
+        async with closing(client(server)) as fhir:
+            assert [one["id"] for one in await fhir.search("Observation", {})] == ["1", "3"]
+            assert await fhir.search("Device", {}) == []
+
+
+@pytest.mark.parametrize(
+    ("answer", "told"),
+    [
+        (said(page(observation(1), following="http://other.invalid/fhir/Observation")), "another origin"),
+        (said(page(observation(1), following="https://127.0.0.1/fhir/Observation")), "another origin"),
+        (said(page(observation(1), following="file:///etc/passwd")), "another origin"),
+        (said(page(observation(1), following="//127.0.0.1:1/x")), "another origin"),
+        (said(page(observation(1), following="http://127.0.0.1:port/")), "is no URL"),
+        (said(page(observation(1), following="/fhir/Observation")), "loop"),
+        (said(page(*map(observation, range(12)))), r"max_resources \(10\)"),
+        (said({"resourceType": "Patient"}), "something else than a Bundle"),
+        (said([]), "something else than a Bundle"),
+        ((200, {"Content-Type": "text/html"}, b"<html>Sign in</html>"), r"not JSON \(text/html\)"),
+        ((200, {}, b"[" * 7000), "not JSON"),
+        ((200, {}, b" " * 9000), r"max_answer_bytes \(8000\)"),
+        (said(outcome("Unknown search parameter"), 400), r"error invalid: Unknown search parameter at Observation"),
+        (said(None, 401), "Check token"),
+        (said(None, 404), "url is not the FHIR base"),
+        ((302, {"Location": "http://other.invalid/"}, b""), "redirects"),
+    ],
+)
+async def test_search_refuses_what_it_cannot_trust(answer: Answer, told: str) -> None:
+    with peer(answer) as server:
+        async with closing(client(server, max_answer_bytes=8000, max_resources=10)) as fhir:
+            with pytest.raises(Permanent, match=told):
+                await fhir.search("Observation", {})
+    assert len(server.requests) == 1
+
+
+async def test_endless_pages_end_at_the_limit() -> None:
+    def endless(path: str) -> Answer:
+        return said(page(following=f"?page={int(path.partition('page=')[2] or '1') + 1}"))
+
+    with peer(endless) as server:
+        async with closing(client(server, max_pages=4)) as fhir:
+            with pytest.raises(Permanent, match=r"max_pages \(4\)"):
+                await fhir.search("Observation", {})
+    assert len(server.requests) == 4
+
+
+@pytest.mark.parametrize("status", [408, 409, 429, 500, 502, 503, 504])
+async def test_passing_trouble_is_retryable_with_the_servers_wish(status: int) -> None:
+    with peer(said(outcome("try later"), status, **{"Retry-After": "12"})) as server:
+        async with closing(client(server)) as fhir:
+            for call in (fhir.search("Observation", {}), fhir.transaction(transaction())):
+                with pytest.raises(Retryable, match="try later") as trouble:
+                    await call
+                assert trouble.value.retry_after_s == 12
+
+
+async def test_large_error_page_is_still_that_error() -> None:
+    with peer((503, {}, b"x" * 9000)) as server:
+        async with closing(client(server, max_answer_bytes=100)) as fhir:
+            with pytest.raises(Retryable, match="HTTP 503"):
+                await fhir.read("Patient/1")
+
+
+def entry(method: str = "PUT", **request: str) -> Json:
+    return {"resource": observation(1), "request": {"method": method, "url": "Observation?identifier=a|b", **request}}
+
+
+def transaction(*entries: Json) -> Json:
+    return {"resourceType": "Bundle", "type": "transaction", "entry": list(entries) or [entry(), entry()]}
+
+
+def response(*statuses: str, **more: object) -> Json:
+    entries = [{"response": {"status": status, **more}} for status in statuses]
+    return {"resourceType": "Bundle", "type": "transaction-response", "entry": entries}
+
+
+async def test_transaction_is_posted_to_the_base_and_its_response_returned() -> None:
+    answer = response("201 Created", "200 OK")
+    with peer(said(answer)) as server:
+        async with closing(client(server)) as fhir:
+            assert await fhir.transaction(transaction()) == answer
+    method, path, headers, body = server.requests[0]
+    assert (method, path, headers["Content-Type"]) == ("POST", "/fhir", "application/fhir+json")
+    assert json.loads(body) == transaction()
+
+
+@pytest.mark.parametrize(
+    ("answer", "error", "told"),
+    [
+        (said(outcome("bad code"), 400), Permanent, "bad code at Observation.status"),
+        (said(outcome("no such profile"), 422), Permanent, "no such profile"),
+        (said(None, 412), Permanent, "more than one resource"),
+        (said(None, 403), Permanent, "Check token"),
+        (said(response("201 Created", "422 Unprocessable", outcome=outcome("why"))), Permanent, "entry 2: 422.*why"),
+        (said(response("201 Created", "500")), Permanent, "refused 1 of 2 entries"),
+        (said(response("201 Created")), Ambiguous, "accounts for 1 of 2"),
+        (said(response("201 Created", "")), Ambiguous, "accounts for 1 of 2"),
+        (said({"resourceType": "Bundle"}), Ambiguous, "accounts for 0 of 2"),
+        (said(outcome("fine")), Ambiguous, "sent no Bundle"),
+        ((200, {"Content-Type": "text/html"}, b"<html>"), Ambiguous, "not JSON"),
+        ((200, {}, b" " * 9000), Ambiguous, "max_answer_bytes"),
+        (None, Retryable, "no answer"),
+    ],
+)
+async def test_transaction_faults(answer: Answer, error: type[Exception], told: str) -> None:
+    with peer(answer) as server:
+        async with closing(client(server, max_answer_bytes=8000)) as fhir:
+            with pytest.raises(error, match=told):
+                await fhir.transaction(transaction())
+
+
+@pytest.mark.parametrize(
+    ("bundle", "error"),
+    [
+        (transaction(entry("PUT"), entry("DELETE"), entry("POST", ifNoneExist="identifier=a|b")), Retryable),
+        (transaction(entry("PUT"), entry("POST")), Ambiguous),
+        (transaction({"resource": observation(1)}), Ambiguous),
+    ],
+)
+async def test_silence_after_sending_is_retryable_only_if_repeating_is_harmless(
+    bundle: Json, error: type[Exception]
+) -> None:
+    def silent(path: str) -> Answer:
+        time.sleep(0.6)
+        return None
+
+    for script in (silent, None, said(None, 504)):
+        with peer(script) as server:
+            async with closing(client(server, read_timeout_s=0.3)) as fhir:
+                with pytest.raises(error):
+                    await fhir.transaction(bundle)
+
+
+@pytest.mark.parametrize("bundle", [{}, {"type": "batch", "entry": [entry()]}, {"type": "transaction", "entry": []}])
+async def test_what_is_no_transaction_is_not_sent(bundle: Json) -> None:
+    with peer(said({})) as server:
+        async with closing(client(server)) as fhir:
+            with pytest.raises(Permanent, match="not a transaction Bundle"):
+                await fhir.transaction(bundle)
+    assert server.requests == []
+
+
+async def test_read_takes_references_to_this_server_only() -> None:
+    with peer(said({"resourceType": "Patient", "id": "1"})) as server:
+        async with closing(client(server)) as fhir:
+            base = f"http://127.0.0.1:{server.server_port}/fhir"
+            for reference in ("Patient/1", f"{base}/Patient/1", "Patient/1/_history/2"):
+                assert (await fhir.read(reference))["id"] == "1"
+            for reference in ("http://other.invalid/fhir/Patient/1", "Patient/../x", "urn:uuid:1", "Patient", "#p"):
+                with pytest.raises(Permanent, match="not Type/id"):
+                    await fhir.read(reference)
+            with pytest.raises(Permanent, match="another type"):
+                await fhir.read("Observation/1")
+            with pytest.raises(Permanent, match="not a FHIR resource type"):
+                await fhir.search("../Patient", {})
+    assert len(server.requests) == 4
+
+
+async def test_probe_wants_r4() -> None:
+    statement = {"resourceType": "CapabilityStatement", "fhirVersion": "4.0.1", "software": {"name": "Some EHR"}}
+    with peer(said(statement)) as server:
+        async with closing(client(server, name="clinic")) as fhir:
+            assert await fhir.probe() == "clinic: Some EHR, FHIR 4.0.1"
+    with peer(said({**statement, "fhirVersion": "5.0.0"})) as server:
+        async with closing(client(server)) as fhir:
+            with pytest.raises(Permanent, match=r"speaks FHIR 5\.0\.0"):
+                await fhir.probe()
+    with peer(said(outcome())) as server:
+        async with closing(client(server)) as fhir:
+            with pytest.raises(Permanent, match="sent none"):
+                await fhir.probe()
+
+
+async def test_refused_connection_is_retryable_for_everything() -> None:
+    with socket.socket() as unheard:
+        unheard.bind(("127.0.0.1", 0))
+        fhir = FhirClient(FhirConfig(url=f"http://127.0.0.1:{unheard.getsockname()[1]}"))
+        for call in (fhir.probe(), fhir.read("Patient/1"), fhir.transaction(transaction(entry("POST")))):
+            with pytest.raises(Retryable, match="no connection"):
+                await call
+        await fhir.aclose()
+
+
+async def test_slow_trickle_ends_at_the_time_limit() -> None:
+    with peer((200, {"Content-Length": "100"}, b"{")) as server:
+        async with closing(client(server, read_timeout_s=5, request_timeout_s=0.3)) as fhir:
+            started = time.monotonic()
+            with pytest.raises(Retryable, match="time limit"):
+                await fhir.read("Patient/1")
+            assert time.monotonic() - started < 3
+
+
+class closing:
+    """Closes a client at the end of an `async with`."""
+
+    def __init__(self, fhir: FhirClient) -> None:
+        self._fhir = fhir
+
+    async def __aenter__(self) -> FhirClient:
+        return self._fhir
+
+    async def __aexit__(self, *error: object) -> None:
+        await self._fhir.aclose()
