@@ -455,7 +455,7 @@ time.sleep(60)
 
 
 def test_server_outlives_the_thread_that_started_it_and_dies_with_the_process(tmp_path: Path) -> None:
-    models = build_truth_repository(tmp_path, *_small_masks(), name="small")
+    models = build_truth_repository(tmp_path / "models", *_small_masks(), name="small")
     env = {**os.environ, "TMPDIR": str(tmp_path)}  # the killed owner cannot tidy up
     owner = subprocess.Popen(
         [sys.executable, "-c", OWNER, str(models)], stdout=subprocess.PIPE, text=True, cwd=ROOT, env=env

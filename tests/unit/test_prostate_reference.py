@@ -7,10 +7,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+import SimpleITK as sitk
 from scipy import ndimage
 
+from deploy.hospital.phantom import (
+    Grid,
+    PhantomLesion,
+    PhantomSpec,
+    left_transition_lesion,
+    right_peripheral_lesion,
+    truth_masks,
+)
+from deploy.hospital.phantom_image import volumes as phantom_volumes
 from tests.fixtures.triton_truth import REFERENCE
-from tests.fixtures.triton_truth.study import RealStudy, real_study
+from tests.fixtures.triton_truth.study import RealStudy, on_grid, real_study
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -106,6 +116,29 @@ def test_gland_is_found_in_other_sizes_and_places(
     assert _dice(found > 0, truth) > 0.78
     assert ndimage.label(found)[1] == 1
     assert 10 <= found.sum() * study.voxel_ml <= 250
+
+
+@pytest.mark.parametrize("lesions", [(), (right_peripheral_lesion(),), (left_transition_lesion(),)])
+def test_phantom_of_the_demo_is_read_as_painted(lesions: tuple[PhantomLesion, ...]) -> None:
+    spec = PhantomSpec(lesions=lesions)
+    painted = phantom_volumes(spec)
+    grid = painted["t2w"][0]
+    t2w, adc, hbv = (_image(*painted[name]) for name in ("t2w", "adc", "hbv"))
+    inputs = {"t2w": t2w, "adc": on_grid(adc, t2w), "hbv": on_grid(hbv, t2w)}
+    arrays = {name: np.asarray(sitk.GetArrayFromImage(image)) for name, image in inputs.items()}
+    answer = _read({**arrays, "spacing": np.array(grid.spacing_mm)})
+    truth = truth_masks(spec, grid)
+    assert _dice(answer.gland > 0, truth["gland"] > 0) > 0.93
+    assert len(answer.scores) == len(lesions)
+    assert all(_dice(answer.lesions == n, truth["lesions"] == n) > 0.6 for n in range(1, len(lesions) + 1))
+
+
+def _image(grid: Grid, array: Array) -> sitk.Image:
+    image = sitk.GetImageFromArray(array.astype(np.float32))
+    image.SetSpacing(grid.spacing_mm[::-1])
+    image.SetOrigin([float(each) for each in grid.origin_lps_mm])
+    image.SetDirection(np.stack([grid.row, grid.column, grid.normal], axis=1).ravel().tolist())
+    return image
 
 
 def test_scanner_scale_of_t2_and_high_b_does_not_matter(study: RealStudy, answer: Any) -> None:

@@ -42,9 +42,12 @@ SHAPE_MEAN = np.array([0.0, 0.0, 0.0, np.log(18.0), np.log(18.0), np.log(25.0), 
 SHAPE_SPREAD = np.array([12.0, 15.0, 8.0, 0.3, 0.3, 0.25, 0.4])
 PRIOR_WEIGHT = 0.05
 
+PERIPHERAL_FLOOR = -0.5  # a dark rim moves a surface only half as far
+
 LESION_ML = (0.1, 25.0)
 LESION_Z = 1.6  # mean of the ADC and high-b robust z-scores
 LESION_CORE = 0.6  # of the spot's peak
+LESION_MEAN_Z = 2.1  # of the core that is left
 LESION_ADC_MAX = 1250.0
 MAX_LESIONS = 9
 LARGE_MM = 15.0  # PI-RADS v2.1: category 5 from 15 mm
@@ -179,11 +182,15 @@ def evidence(t2w: Array, adc: Array, hbv: Array, grid: Grid) -> tuple[Array, Arr
     known = np.isfinite(adc) & np.isfinite(hbv) & np.isfinite(t2w)
     smooth_adc, smooth_hbv = (ndimage.gaussian_filter(np.nan_to_num(v), (0, 0.7, 0.7)) for v in (adc, hbv))
     middle = radii(SHAPE_MEAN, grid)[0] < 0.8
-    high_b = _fuzzy(smooth_hbv / _reference(hbv[middle], 50), 0.3, 0.7, 2.5, 5)
+    relative_b = smooth_hbv / _reference(hbv[middle], 50)
+    high_b = _fuzzy(relative_b, 0.3, 0.7, 2.5, 5)
     bright = np.nan_to_num(t2w) / _reference(t2w, 15)
     tissue = np.minimum(_fuzzy(smooth_adc, 600, 950, 2200, 2600), _fuzzy(bright, 0, 1.2, 9, 14))
     peripheral = np.minimum(_fuzzy(smooth_adc, 1150, 1550, 2200, 2600), _fuzzy(bright, 1, 4, 20, 30))
-    return np.where(known, np.minimum(tissue, high_b), 0), np.where(known, np.minimum(peripheral, high_b), 0)
+    # A cancer at the rim must not be cut out of the gland: low ADC with high high-b signal is tissue too.
+    cancer = np.minimum(_fuzzy(smooth_adc, 200, 500, 2200, 2600), _fuzzy(relative_b, 1.2, 1.7, 6, 12))
+    tissue = np.maximum(np.minimum(tissue, high_b), cancer)
+    return np.where(known, tissue, 0), np.where(known, np.minimum(peripheral, high_b), 0)
 
 
 def outline(shape: Array, t2w: Array, adc: Array, hbv: Array, spacing: Array) -> tuple[Mask, NDArray[np.uint8]]:
@@ -197,13 +204,15 @@ def outline(shape: Array, t2w: Array, adc: Array, hbv: Array, spacing: Array) ->
     )
     radius, inner, _ = radii(shape, fine)
     # Tissue evidence is as high in the rectal wall and levator, so it may only take away.
-    inside = _one_piece((1 - radius) + 0.08 * (tissue - 1) + 0.06 * (peripheral + 0.5) > 0)
+    inside = _one_piece(
+        (1 - radius) + 0.08 * (tissue - 1) + 0.06 * (np.maximum(peripheral, PERIPHERAL_FLOOR) + 0.5) > 0
+    )
     volume_ml = inside.sum() * float(np.prod(spacing)) / 1000
     if not GLAND_ML[0] <= volume_ml <= GLAND_ML[1]:
         inside[:] = False
     gland, zones = np.zeros(t2w.shape, bool), np.zeros(t2w.shape, np.uint8)
     gland[box] = inside
-    zones[box] = np.where(inside, np.where((1 - inner) - 0.2 * peripheral > 0, 2, 1), 0)
+    zones[box] = np.where(inside, np.where((1 - inner) - 0.2 * rim > 0, 2, 1), 0)
     return gland, zones
 
 
@@ -248,8 +257,9 @@ def _spots(conspicuity: Array, spacing: Array) -> list[tuple[float, Mask]]:
     for label in range(1, count + 1):
         values = np.where(labels == label, conspicuity, -np.inf)
         core = _one_piece(values > max(LESION_Z, LESION_CORE * values.max()))
-        if LESION_ML[0] <= core.sum() * voxel_ml <= LESION_ML[1]:
-            found.append((float(conspicuity[core & np.isfinite(conspicuity)].mean()), core))
+        strength = float(conspicuity[core & np.isfinite(conspicuity)].mean())
+        if strength >= LESION_MEAN_Z and LESION_ML[0] <= core.sum() * voxel_ml <= LESION_ML[1]:
+            found.append((strength, core))
     return sorted(found, key=lambda each: -each[0])
 
 
