@@ -81,7 +81,8 @@ class RetrySettings(BaseModel):
 
     def wait_s(self, attempt: int, asked_s: float | None = None) -> float:
         """Seconds to wait after attempt number `attempt` (from 1): doubled each time, at least what the peer asked."""
-        return max(min(self.first_wait_s * 2 ** min(attempt - 1, 30), self.longest_wait_s), asked_s or 0.0)
+        grown_s = self.first_wait_s * 2.0 ** min(attempt - 1, 30)
+        return max(min(grown_s, self.longest_wait_s), asked_s or 0.0)
 
 
 class Settings(BaseSettings):

@@ -101,3 +101,8 @@ def watch_step(step: str, job_id: str) -> Iterator[StepWatch]:
             STEP_SECONDS.labels(step, outcome).observe(watch.duration_s)
             log("step", step=step, job_id=job_id, state=outcome, duration_s=round(watch.duration_s, 3))
             tell(Progress(step, outcome, watch.detail, watch.duration_s))
+
+
+def quiet_logging() -> None:
+    """No log lines: a person reads progress on the terminal instead."""
+    configure_logging("CRITICAL")

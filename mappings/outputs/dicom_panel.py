@@ -141,7 +141,8 @@ def _draw_line(picture: npt.NDArray[np.float64], trace: Trace) -> None:
 def _draw_tag(draw: ImageDraw.ImageDraw, trace: Trace) -> None:
     """Writes the outline's tag above its upper right end."""
     if trace.outline.tag:
-        rows, columns = np.nonzero(trace.distance_px > 0)
+        # Smoothing can leave a tiny region without a pixel above zero; its deepest one still says where it is.
+        rows, columns = np.nonzero(trace.distance_px >= min(0.0, float(trace.distance_px.max())))
         position = (float(columns.max()) + 4, float(rows.min()) - 2)
         write(draw, position, trace.outline.tag, 18, trace.outline.rgb, anchor="lb")
 

@@ -144,6 +144,7 @@ def tensors_to_findings(answer: Answer, reading: Reading) -> Findings:
         technique=_technique(reading),
         patient_age=reading.study.patient_age,
         reference_frame_uid=reading.grid.frame_of_reference_uid,
+        procedure=reading.protocol.procedure,
         warnings=reading.warnings,
     )
 

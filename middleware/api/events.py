@@ -1,0 +1,97 @@
+"""Events over HTTP: a study is to be read; what became of it."""
+
+from datetime import datetime
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Header, HTTPException, Request, Response
+from pydantic import BaseModel, ConfigDict, Field
+
+from middleware.intake.inbox import accept_study
+from middleware.store.tables import StudyJob
+
+router = APIRouter(tags=["events"])
+
+
+class StudyEventIn(BaseModel):
+    """A study that is ready to be read."""
+
+    model_config = ConfigDict(extra="forbid")
+    study_instance_uid: str = Field(min_length=1, max_length=64, pattern=r"^[0-9]+(\.[0-9]+)*$")
+
+
+class JobOut(BaseModel):
+    """Where the reading of a study stands."""
+
+    job_id: str
+    study_instance_uid: str
+    state: str
+    protocol: str
+    revision: int
+    reasons: list[str]
+    created_at: datetime
+    updated_at: datetime
+
+
+def show_job(job: StudyJob) -> JobOut:
+    """The job as the API shows it."""
+    return JobOut.model_validate(job, from_attributes=True)
+
+
+@router.post("/events/study", status_code=202, responses={200: {"model": JobOut}, 503: {"description": "store full"}})
+async def take_study_event(
+    event: StudyEventIn,
+    request: Request,
+    response: Response,
+    idempotency_key: Annotated[str | None, Header(max_length=200)] = None,
+) -> JobOut:
+    """Accept that a study is to be read. Answered once it is durable: 202 for a new event, 200 for a repeated one.
+
+    The header `Idempotency-Key` names the event; without it the study's UID does, so that saying the same thing
+    twice reads the study once.
+    """
+    state: Any = request.app.state
+    key = idempotency_key or event.study_instance_uid
+    try:
+        job, is_new = accept_study(
+            state.systems.store, event.study_instance_uid, source="http", key=key, now=state.systems.now()
+        )
+    except OSError as error:
+        raise HTTPException(503, "the store cannot take the event now; send it again later") from error
+    await state.start_reading(job)
+    response.status_code = 202 if is_new else 200
+    return show_job(job)
+
+
+@router.get("/jobs/{job_id}")
+def get_job(job_id: str, request: Request) -> JobOut:
+    """Where one reading stands."""
+    try:
+        return show_job(request.app.state.systems.store.job(job_id))
+    except LookupError as error:
+        raise HTTPException(404, "no such job") from error
+
+
+@router.get("/studies/{study_uid}/jobs")
+def get_jobs_of_study(study_uid: str, request: Request) -> list[JobOut]:
+    """All readings of one study, oldest first."""
+    return [show_job(job) for job in request.app.state.systems.store.jobs_of_study(study_uid)]
+
+
+class DeliveryOut(BaseModel):
+    """Where one artifact stands at one destination."""
+
+    delivery_id: str
+    destination: str
+    artifact_name: str
+    state: str
+    attempts: int
+    receipt: str
+    reason: str
+    updated_at: datetime
+
+
+@router.get("/jobs/{job_id}/deliveries")
+def get_deliveries(job_id: str, request: Request) -> list[DeliveryOut]:
+    """Where each artifact of a job is now."""
+    rows = request.app.state.systems.store.deliveries(job_id=job_id)
+    return [DeliveryOut.model_validate(row, from_attributes=True) for row in rows]

@@ -1,0 +1,72 @@
+"""The service: HTTP API, workflows, and the sweep that leaves no accepted study behind."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import uvicorn
+from dbos import DBOS, SetWorkflowID
+from fastapi import FastAPI
+
+from middleware import telemetry
+from middleware.api import events, health
+from middleware.bootstrap import READING_QUEUE, Overrides, open_systems, run_workflows
+from middleware.intake.inbox import workflow_id
+from middleware.settings import Settings
+from middleware.store.tables import StudyJob
+from middleware.systems import Systems
+from middleware.workflow import read_study
+
+
+async def start_reading(job: StudyJob) -> None:
+    """Queue the job's workflow; queueing the same run again changes nothing."""
+    if job.state == "accepted":
+        with SetWorkflowID(workflow_id(job)):
+            await DBOS.enqueue_workflow_async(READING_QUEUE, read_study, job.job_id, job.study_instance_uid)
+
+
+async def sweep(systems: Systems) -> int:
+    """Queue every job that was accepted but whose workflow was not, because the process died between the two."""
+    jobs = systems.store.jobs_in_state("accepted")
+    for job in jobs:
+        await start_reading(job)
+    return len(jobs)
+
+
+def create_app(settings: Settings) -> FastAPI:
+    """The application; its systems open when it starts and close when it stops."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        async with open_systems(settings, Overrides()) as systems, run_workflows(systems):
+            app.state.systems, app.state.start_reading = systems, start_reading
+            telemetry.log("serving", count=await sweep(systems))
+            yield
+
+    app = FastAPI(
+        title="Wetread",
+        version="0.1.0",
+        summary="Brings imaging AI into the clinic and its results back out.",
+        lifespan=lifespan,
+    )
+    app.include_router(events.router)
+    app.include_router(health.router)
+    return app
+
+
+def serve(settings: Settings) -> None:
+    """Run the service until it is told to stop (SIGINT, SIGTERM)."""
+    telemetry.configure_logging()
+    config = uvicorn.Config(
+        create_app(settings), host=settings.api.host, port=settings.api.port, log_level="warning", access_log=False
+    )
+    uvicorn.Server(config).run()
+
+
+async def work(settings: Settings) -> None:
+    """Run one more worker on the same database until it is cancelled."""
+    telemetry.configure_logging()
+    async with open_systems(settings) as systems, run_workflows(systems):
+        await sweep(systems)
+        telemetry.log("working")
+        await asyncio.Event().wait()

@@ -1,0 +1,225 @@
+"""The one composition root: settings in, running systems out. Only this module knows connectors' clients."""
+
+import asyncio
+import socket
+import sqlite3
+from collections.abc import AsyncIterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from dbos import DBOS, DBOSConfig
+
+from connectors.dicomweb.client import DicomwebClient
+from connectors.dicomweb.folder import FolderClient
+from connectors.errors import Permanent
+from connectors.fhir.client import FhirClient
+from connectors.mllp.client import MllpClient
+from connectors.triton.client import TensorSpec, TritonClient
+from connectors.triton.config import TritonConfig
+from deploy.triton.bundled import BundledTriton, BundledTritonError
+from mappings.model.protocol import Model, Tensor
+from mappings.outputs.findings_to_draft import draft_environment
+from middleware import steps
+from middleware.errors import SettingsError
+from middleware.intake.protocols import load_protocols
+from middleware.ports import Array, ContextSource, Inference
+from middleware.serialization import JsonSerializer
+from middleware.settings import FolderPacs, Settings
+from middleware.store.artifacts import ArtifactStore
+from middleware.store.queries import Store, open_engine
+from middleware.systems import Systems
+
+ROOT = Path(__file__).resolve().parents[1]
+MODELS = ROOT / "deploy" / "triton" / "models"
+TEMPLATES = ROOT / "templates" / "report"
+
+WORKFLOW_VERSION = "1"
+"""Version of the order of steps in workflow.py. Pending work of another version is not picked up, so it changes
+only with that order, not with each release."""
+
+READING_QUEUE = "readings"
+
+
+class _Model:
+    """A Triton client in the protocol's words. With no address, the bundled server is started at the first use,
+    so that input which cannot be read costs nobody its start."""
+
+    def __init__(self, config: TritonConfig | None, stack: AsyncExitStack) -> None:
+        self._config = config
+        self._stack = stack
+        self._client: TritonClient | None = None
+        self._opening = asyncio.Lock()
+
+    async def _open(self) -> TritonClient:
+        async with self._opening:
+            if self._client is None:
+                self._client = TritonClient(self._config or await self._start_bundled())
+                self._stack.push_async_callback(self._client.aclose)
+            return self._client
+
+    async def _start_bundled(self) -> TritonConfig:
+        try:
+            server = await self._stack.enter_async_context(BundledTriton(MODELS))
+        except BundledTritonError as error:
+            raise Permanent(f"the bundled Triton did not start: {error}. Set triton.url or give --triton") from error
+        return TritonConfig(name="bundled triton", url=server.grpc_url)
+
+    async def check_model(self, model: Model) -> None:
+        """Raise unless the pinned model is ready with the protocol's tensors."""
+        client = await self._open()
+        await client.check_model(model.name, model.version, _specs(model.inputs), _specs(model.outputs))
+
+    async def infer(
+        self, model: Model, inputs: Mapping[str, Array], outputs: Sequence[Tensor], request_id: str
+    ) -> Inference:
+        """Ask within the shorter of the protocol's and the server's deadline."""
+        client = await self._open()
+        limit_s = self._config.deadline_s if self._config else model.deadline_s
+        return await client.infer(
+            model.name,
+            model.version,
+            inputs,
+            _specs(outputs),
+            deadline_s=min(model.deadline_s, limit_s),
+            priority=model.priority,
+            request_id=request_id,
+        )
+
+    async def probe(self) -> str:
+        """One line about the server."""
+        return await (await self._open()).probe()
+
+
+def _specs(tensors: Sequence[Tensor]) -> list[TensorSpec]:
+    return [TensorSpec(t.name, t.datatype, t.shape, t.allow_nan) for t in tensors]
+
+
+class BundleContext:
+    """Clinical context out of a FHIR Bundle given by hand, searched like an EHR."""
+
+    def __init__(self, bundle: Mapping[str, Any]) -> None:
+        self._resources = [entry.get("resource", {}) for entry in bundle.get("entry", [])]
+
+    async def search(
+        self, resource_type: str, params: Mapping[str, str], *, limit: int | None = None
+    ) -> list[dict[str, Any]]:
+        """Every resource of the type; whose they are is judged where they are read."""
+        return [r for r in self._resources if r.get("resourceType") == resource_type][:limit]
+
+
+def open_folder(folder: Path) -> FolderClient:
+    """A folder of DICOM files as a source of images."""
+    return FolderClient(folder, name=f"folder {folder}")
+
+
+@dataclass(frozen=True)
+class Overrides:
+    """What one `wetread process` replaces: where images come from, the context, and the inference server."""
+
+    images: FolderClient | None = None
+    context: BundleContext | None = None
+    context_name: str = ""
+    triton: str = ""
+
+
+@asynccontextmanager
+async def open_systems(settings: Settings, overrides: Overrides | None = None) -> AsyncIterator[Systems]:
+    """Open every configured system and close it again. Opening connects to nothing yet."""
+    overrides = overrides or Overrides()
+    async with AsyncExitStack() as stack:
+        settings.data_dir.mkdir(parents=True, exist_ok=True)
+        store = Store(open_engine(settings.store_url))
+        stack.callback(store.close)
+        pacs = _open_pacs(settings)
+        if isinstance(pacs, DicomwebClient):
+            stack.push_async_callback(pacs.aclose)
+        ehr = FhirClient(settings.ehr) if settings.ehr else None
+        if ehr:
+            stack.push_async_callback(ehr.aclose)
+        ris = MllpClient(settings.ris) if settings.ris else None
+        if ris:
+            stack.push_async_callback(ris.aclose)
+        context: ContextSource | None = overrides.context or ehr
+        yield Systems(
+            settings=settings,
+            store=store,
+            artifacts=ArtifactStore(settings.artifacts_url or str(settings.data_dir.absolute() / "artifacts")),
+            protocols=load_protocols(settings.protocols_dir),
+            templates=draft_environment(jinja2.FileSystemLoader(TEMPLATES)),
+            images=overrides.images or pacs,
+            model=_Model(_triton_config(settings, overrides), stack),
+            pacs=pacs,
+            context=context,
+            context_name=overrides.context_name or (settings.ehr.name if settings.ehr else ""),
+            ehr=ehr,
+            ris=ris,
+        )
+
+
+def _open_pacs(settings: Settings) -> DicomwebClient | FolderClient | None:
+    if settings.pacs is None:
+        return None
+    if isinstance(settings.pacs, FolderPacs):
+        settings.pacs.folder.mkdir(parents=True, exist_ok=True)
+        return FolderClient(settings.pacs.folder, name="pacs")
+    return DicomwebClient(settings.pacs)
+
+
+def _triton_config(settings: Settings, overrides: Overrides) -> TritonConfig | None:
+    if not overrides.triton:
+        return settings.triton
+    try:
+        return TritonConfig(url=overrides.triton)
+    except ValueError as error:
+        raise SettingsError(f"--triton {overrides.triton}: must be HOST:PORT of Triton's gRPC port") from error
+
+
+@asynccontextmanager
+async def run_workflows(systems: Systems, *, executor_id: str = "", listen: bool = True) -> AsyncIterator[None]:
+    """Run the durable workflows in this process; work that it left unfinished earlier goes on at once.
+
+    `listen`: also take readings from the queue, as `serve` and `worker` do.
+    """
+    settings = systems.settings
+    _prepare_sqlite(settings.workflow_url)
+    steps.use(systems)
+    config = DBOSConfig(
+        name="wetread",
+        system_database_url=settings.workflow_url,
+        application_version=WORKFLOW_VERSION,
+        executor_id=executor_id or settings.executor_id or socket.gethostname(),
+        serializer=JsonSerializer(),
+        log_level="CRITICAL",  # its errors quote step inputs and messages; ours are in the store
+        notification_listener_polling_interval_sec=0.1,
+    )
+    DBOS(config=config)
+    if not listen:
+        DBOS.listen_queues([])
+    DBOS.launch()
+    try:
+        if listen:
+            await DBOS.register_queue_async(
+                READING_QUEUE, worker_concurrency=settings.concurrent_readings, polling_interval_sec=0.1
+            )
+        yield
+    finally:
+        DBOS.destroy()
+        # DBOS made its own pool the loop's and has closed it; closing the connectors still needs one.
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor())
+
+
+def _prepare_sqlite(url: str) -> None:
+    """DBOS leaves SQLite's journal as it finds it; the write-ahead log lets readers and a writer work at once."""
+    if url.startswith("sqlite:///"):
+        connection = sqlite3.connect(url.removeprefix("sqlite:///"))
+        connection.execute("PRAGMA journal_mode=WAL")
+        connection.close()
+
+
+def with_folder_state(settings: Settings, data_dir: Path) -> Settings:
+    """Settings whose databases, spool and artifacts live in `data_dir`."""
+    return settings.model_copy(update={"data_dir": data_dir, "database_url": "", "artifacts_url": ""})

@@ -1,0 +1,205 @@
+"""The `wetread` command. Exit codes: 0 done; 1 a system failed; 2 usage or settings; 3 no protocol matched;
+4 input unusable or identities disagree; 5 a delivery ended dead or ambiguous, or a rendering failed its checks.
+"""
+
+import asyncio
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from middleware import app as service
+from middleware import checking, explaining, process, telemetry
+from middleware.errors import SettingsError
+from middleware.intake.protocols import BUNDLED, load_protocol, load_protocols
+from middleware.settings import Settings, load_settings
+
+cli = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Wetread brings imaging AI into the clinic and its results back out.",
+)
+protocols_cli = typer.Typer(no_args_is_help=True, help="Look at, check and try reading protocols.")
+cli.add_typer(protocols_cli, name="protocols")
+
+screen = Console(highlight=False)
+errors = Console(stderr=True, highlight=False)
+
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", "-c", help="Settings file (default: WETREAD_CONFIG or wetread.yaml).")
+]
+
+
+@cli.command("process")
+def process_command(
+    source: Annotated[str, typer.Argument(help="A folder of DICOM files, or a StudyInstanceUID to fetch.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder for the result's files.")],
+    context: Annotated[Path | None, typer.Option(help="FHIR Bundle (JSON) with patient, order and labs.")] = None,
+    protocol: Annotated[str, typer.Option(help="Read with this protocol only.")] = "",
+    triton: Annotated[str, typer.Option(help="HOST:PORT of Triton's gRPC port; default: the bundled one.")] = "",
+    config: ConfigOption = None,
+) -> None:
+    """Read one study now and write its result."""
+    settings = load_settings(config)
+    request = process.Request(source, out, context, protocol, triton)
+    telemetry.quiet_logging()
+    telemetry.listen(_show_progress)
+    result = process.run_process(settings, request)
+    _show_result(result, out)
+    raise typer.Exit(result.exit_code)
+
+
+_MARKS = {"done": "[green]✓[/]", "failed": "[red]✗[/]", "delivered": "[green]✓[/]"}
+
+
+def _show_progress(progress: telemetry.Progress) -> None:
+    """One line as a step or delivery ends; what is going on is shown while it lasts, on a terminal."""
+    if progress.state in ("started", "going on"):
+        if screen.is_terminal:
+            screen.print(f"  … {escape(progress.step)} {escape(progress.detail)}", end="\r", overflow="ellipsis")
+        return
+    mark = _MARKS.get(progress.state, "[yellow]![/]")
+    took = f"[dim]{progress.duration_s:6.2f} s[/]" if progress.duration_s else " " * 8
+    state = "" if progress.state in ("done", "failed") else f"{progress.state}: "
+    if screen.is_terminal:
+        screen.print(" " * (screen.width - 1), end="\r")
+    screen.print(f"{mark} {took} {escape(progress.step):<10} {state}{escape(progress.detail)}")
+
+
+_HEADLINES = {
+    "unmatched": "No protocol applies to this study:",
+    "unusable": "The images cannot be read safely; nothing was produced:",
+    "held": "Held: identities do not agree; nothing was released:",
+    "quarantined": "Quarantined: a rendering failed its checks; nothing was delivered:",
+    "failed": "A system did not do its part; nothing was delivered:",
+}
+
+
+def _show_result(result: process.Result, out: Path) -> None:
+    if result.state != "released":
+        errors.print(f"[bold red]{_HEADLINES[result.state]}[/]")
+        for reason in result.reasons:
+            errors.print(f"  - {escape(reason)}", soft_wrap=True)
+        return
+    screen.print(f"\nResult in [bold]{escape(str(out))}[/]: {', '.join(f.name for f in result.files)}", soft_wrap=True)
+    undelivered = [d for d in result.deliveries if d.state != "delivered"]
+    if result.deliveries:
+        screen.print(f"{len(result.deliveries) - len(undelivered)} of {len(result.deliveries)} deliveries arrived.")
+    for delivery in undelivered:
+        errors.print(
+            f"[red]{delivery.artifact_name} to {delivery.destination} is {delivery.state}:[/] {escape(delivery.reason)}",
+            soft_wrap=True,
+        )
+
+
+@cli.command()
+def serve(config: ConfigOption = None) -> None:
+    """Run the service: API, workflows and deliveries, from wetread.yaml."""
+    service.serve(load_settings(config))
+
+
+@cli.command()
+def worker(config: ConfigOption = None) -> None:
+    """Run one more worker on the same database."""
+    asyncio.run(service.work(load_settings(config)))
+
+
+@cli.command()
+def check(config: ConfigOption = None) -> None:
+    """Validate settings and protocols, and ask every configured system whether it answers."""
+    settings = load_settings(config)
+    protocols = load_protocols(settings.protocols_dir)
+    screen.print(f"[green]✓[/] settings, and {len(protocols)} protocol(s): {', '.join(protocols)}")
+    probes = asyncio.run(checking.probe_all(settings))
+    for probe in probes:
+        mark = "[green]✓[/]" if probe.answers else "[red]✗[/]" if probe.configured else "[dim]-[/]"
+        screen.print(f"{mark} {probe.system:<8} {escape(probe.text)}", soft_wrap=True)
+    raise typer.Exit(0 if all(p.answers or not p.configured for p in probes) else 1)
+
+
+@cli.command()
+def explain(
+    study_uid: Annotated[str, typer.Argument(help="The study's StudyInstanceUID.")], config: ConfigOption = None
+) -> None:
+    """Why protocols did or did not run on a study, and where each result is now."""
+    found = explaining.explain_study(load_settings(config), study_uid, screen)
+    raise typer.Exit(0 if found else 2)
+
+
+@cli.command()
+def demo(
+    study: Annotated[Path | None, typer.Option(help="A folder with a real study instead of the phantom.")] = None,
+    once: Annotated[bool, typer.Option("--once", help="Check the end state, then stop.")] = False,
+) -> None:
+    """Start a simulated hospital around the service, read a study, and show what every system received."""
+    from deploy.hospital.demo import run_demo  # the simulator is no part of a production image
+
+    raise typer.Exit(run_demo(study, once=once, console=screen))
+
+
+@protocols_cli.command("list")
+def list_protocols(config: ConfigOption = None) -> None:
+    """List the protocols in use."""
+    table = Table("name", "version", "title", "model", "roles", "sends to")
+    for one in load_protocols(_folder(load_settings(config))).values():
+        protocol = one.protocol
+        roles = ", ".join(r.name if r.required else f"({r.name})" for r in protocol.roles)
+        to = ", ".join(d for d in ("pacs", "ehr", "ris") if getattr(protocol.outputs, d))
+        model = f"{protocol.model.name} v{protocol.model.version}"
+        table.add_row(protocol.name, protocol.version, protocol.title, model, roles, to)
+    screen.print(table)
+
+
+@protocols_cli.command("validate")
+def validate_protocols(
+    files: Annotated[list[Path] | None, typer.Argument(help="Protocol files; default: those in use.")] = None,
+    config: ConfigOption = None,
+) -> None:
+    """Check protocol files and name each line in error."""
+    if not files:
+        folder = _folder(load_settings(config))
+        files = sorted(folder.glob("*.yaml"))
+    for file in files:
+        load_protocol(file)
+        screen.print(f"[green]✓[/] {escape(str(file))}")
+
+
+@protocols_cli.command("dry-run")
+def dry_run(
+    source: Annotated[Path, typer.Argument(help="A folder of DICOM files.")],
+    protocol: Annotated[Path | None, typer.Option(help="A protocol file to try; default: those in use.")] = None,
+    config: ConfigOption = None,
+) -> None:
+    """Show which protocol applies to a study, and why each series is or is not chosen; nothing is read or sent."""
+    loaded = [load_protocol(protocol)] if protocol else list(load_protocols(_folder(load_settings(config))).values())
+    raise typer.Exit(asyncio.run(explaining.dry_run(source, [one.protocol for one in loaded], screen)))
+
+
+def _folder(settings: Settings) -> Path:
+    return settings.protocols_dir or BUNDLED
+
+
+def main() -> None:
+    """Run the command; every failure is a readable line and an exit code, never a traceback."""
+    try:
+        cli()
+    except SettingsError as error:
+        errors.print(f"[bold red]Cannot start:[/] {escape(str(error))}", soft_wrap=True)
+        sys.exit(process.USAGE)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Exception as error:
+        if os.environ.get("WETREAD_DEBUG"):
+            raise
+        errors.print(
+            f"[bold red]Unexpected {type(error).__name__}:[/] {escape(str(error))}\n"
+            "Set WETREAD_DEBUG=1 to see where, and report it.",
+            soft_wrap=True,
+        )
+        sys.exit(process.FAILED)

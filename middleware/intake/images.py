@@ -1,0 +1,139 @@
+"""From files in the spool to the `Study` noun and the volumes of its roles, or a reason why not."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pydicom
+from pydicom.dataset import Dataset
+from pydicom.errors import InvalidDicomError
+from pydicom.uid import UID
+
+from mappings.inputs.dicom_to_study import datasets_to_study
+from mappings.model.findings import RoleChoice
+from mappings.model.protocol import Protocol
+from mappings.model.study import Series, Study, Volume
+from mappings.reading.series_to_volume import SeriesUnusable, Stack, series_to_stack, stack_to_volume
+from mappings.reading.volumes_to_tensors import FramesDiffer, resample
+from middleware.errors import Stopped
+
+_PIXEL_DATA = ("PixelData", "FloatPixelData", "DoubleFloatPixelData")
+MAX_REASONS = 10
+"""Reasons of one kind that are listed one by one; the rest is counted."""
+
+
+@dataclass(frozen=True)
+class RoleImages:
+    """By role: the volume on the reference grid, and the instances it came from in slice order."""
+
+    volumes: Mapping[str, Volume]
+    sources: Mapping[str, tuple[Dataset, ...]]
+
+
+def read_study(folder: Path) -> Study:
+    """The study in `folder`. Raises Stopped (unusable) naming every file that is damaged, belongs to another
+    patient or study, or contradicts the rest: a transfer that broke or mixed is not read at all."""
+    headers: list[tuple[str, Dataset]] = []
+    damaged: list[str] = []
+    for file in sorted(p for p in folder.iterdir() if p.is_file()):
+        try:
+            headers.append((file.name, _read_header(file)))
+        except (InvalidDicomError, EOFError, OSError, ValueError, KeyError, AttributeError, NotImplementedError) as e:
+            damaged.append(f"{file.name}: cannot be read as DICOM, or is cut short ({type(e).__name__}: {e})")
+    if damaged:
+        raise Stopped("unusable", shorten_list(damaged))
+    if not headers:
+        raise Stopped("unusable", (f"{folder.name}: holds no DICOM instance",))
+    study = datasets_to_study(headers)
+    if study.problems:
+        raise Stopped("unusable", shorten_list([p.message for p in study.problems]))
+    return study
+
+
+def _read_header(file: Path) -> Dataset:
+    """The dataset without its pixels, which are read once to see that all of them are there."""
+    dataset = pydicom.dcmread(file)
+    if not dataset.get("SOPInstanceUID") or not dataset.get("StudyInstanceUID"):
+        raise ValueError("states no SOP Instance UID or Study Instance UID")
+    syntax = UID(dataset.file_meta.get("TransferSyntaxUID", "1.2.840.10008.1.2"))
+    if "PixelData" in dataset and not syntax.is_compressed:
+        length, expected = len(dataset.PixelData or b""), _expected_bytes(dataset)
+        if length < expected:
+            raise ValueError(f"pixel data holds {length} bytes, its matrix needs {expected}")
+    for keyword in _PIXEL_DATA:
+        if keyword in dataset:
+            del dataset[keyword]
+    return dataset
+
+
+def _expected_bytes(dataset: Dataset) -> int:
+    frames = int(dataset.get("NumberOfFrames") or 1)
+    samples, bits = int(dataset.get("SamplesPerPixel") or 1), int(dataset.get("BitsAllocated") or 0)
+    return int(dataset.get("Rows") or 0) * int(dataset.get("Columns") or 0) * frames * samples * bits // 8
+
+
+def check_roles(study: Study, protocol: Protocol, roles: Sequence[RoleChoice]) -> None:
+    """Raise Stopped (unusable) unless every required role has a series whose slices make one regular volume."""
+    reasons: list[str] = []
+    for choice in roles:
+        if choice.series_instance_uid is None:
+            if choice.required:
+                reasons.append(f"no series can be the {choice.title} ({choice.role}): " + "; ".join(choice.reasons))
+            continue
+        try:
+            stack_role(study, protocol, choice)
+        except SeriesUnusable as problem:
+            if choice.required:
+                reasons.extend(
+                    f"{choice.title} ({choice.role}), series {choice.series_label}: {p.message}"
+                    for p in problem.problems
+                )
+    if reasons:
+        raise Stopped("unusable", shorten_list(reasons))
+
+
+def shorten_list(reasons: Sequence[str]) -> tuple[str, ...]:
+    """The first reasons, and how many more there are."""
+    rest = len(reasons) - MAX_REASONS
+    return (*reasons[:MAX_REASONS], *((f"and {rest} more of this kind",) if rest > 0 else ()))
+
+
+def stack_role(study: Study, protocol: Protocol, choice: RoleChoice) -> Stack:
+    """The ordered slices of the series that plays a role. Raises SeriesUnusable."""
+    series = study.find_series(choice.series_instance_uid or "")
+    return series_to_stack(series, protocol.role(choice.role).geometry, patient_id=study.patient.patient_id)
+
+
+def load_roles(folder: Path, study: Study, protocol: Protocol, roles: Sequence[RoleChoice]) -> RoleImages:
+    """Decode and resample the series of all roles that have one. Raises Stopped (unusable) for a required role;
+    an optional role that cannot be decoded is left out."""
+    volumes: dict[str, Volume] = {}
+    sources: dict[str, tuple[Dataset, ...]] = {}
+    reference_role = protocol.measure.reference_role
+    for choice in sorted(roles, key=lambda c: c.role != reference_role):
+        if choice.series_instance_uid is None or not _is_needed(protocol, choice.role):
+            continue
+        try:
+            stack = stack_role(study, protocol, choice)
+            volume, datasets = _decode(folder, study.find_series(choice.series_instance_uid), stack)
+            if choice.role != reference_role:
+                volume = resample(volume, volumes[reference_role].geometry)
+        except (SeriesUnusable, FramesDiffer) as problem:
+            if choice.required:
+                reason = f"{choice.title} ({choice.role}), series {choice.series_label}: {problem}"
+                raise Stopped("unusable", (reason,)) from problem
+            continue
+        volumes[choice.role], sources[choice.role] = volume, datasets
+    return RoleImages(volumes, sources)
+
+
+def _is_needed(protocol: Protocol, role: str) -> bool:
+    """Whether the model or a measurement looks at a role (a DCE series may be there only to be named)."""
+    looked_at = {tensor.role for tensor in protocol.model.inputs}
+    return role in looked_at | {protocol.measure.reference_role, protocol.measure.adc_role}
+
+
+def _decode(folder: Path, series: Series, stack: Stack) -> tuple[Volume, tuple[Dataset, ...]]:
+    datasets = tuple(pydicom.dcmread(folder / instance.file) for instance in stack.instances)
+    volume = stack_to_volume(series, stack, {str(ds.SOPInstanceUID): ds for ds in datasets})
+    return volume, datasets

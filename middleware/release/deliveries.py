@@ -1,0 +1,116 @@
+"""Deliveries: one artifact to one destination, each with its own durable state, told truthfully.
+
+pending > in_flight > delivered | retrying | ambiguous | dead. Only a positive answer of the destination makes
+a delivery `delivered`; "sent, no answer" is `ambiguous` unless the destination drops duplicates.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+
+from connectors.errors import Ambiguous, Permanent, Retryable
+from mappings.model.ids import derive_control_id, derive_uuid
+from mappings.model.protocol import Outputs
+from middleware.ports import Ehr, ImageArchive, Ris
+from middleware.store.tables import ArtifactRecord, Delivery
+
+DESTINATIONS = ("pacs", "ehr", "ris")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one attempt ended: the delivery's next state, the destination's answer, or why it is not delivered.
+    `retry_after_s` is the destination's own wish; `uncertain` says that the destination may have acted."""
+
+    state: str
+    receipt: str = ""
+    reason: str = ""
+    retry_after_s: float | None = None
+    uncertain: bool = False
+
+
+def plan_deliveries(
+    job_id: str,
+    revision: int,
+    outputs: Outputs,
+    configured: Sequence[str],
+    artifacts: Sequence[ArtifactRecord],
+    now: datetime,
+) -> list[Delivery]:
+    """One delivery for each artifact that the protocol sends to a configured destination, in artifact order."""
+    planned = []
+    for destination in DESTINATIONS:
+        kinds = getattr(outputs, destination) if destination in configured else ()
+        for position, artifact in enumerate(a for a in artifacts if a.kind in kinds):
+            planned.append(
+                Delivery(
+                    delivery_id=str(derive_uuid(job_id, revision, destination, artifact.name)),
+                    job_id=job_id,
+                    revision=revision,
+                    destination=destination,
+                    artifact_name=artifact.name,
+                    kind=artifact.kind,
+                    digest=artifact.digest,
+                    position=position,
+                    created_at=now,
+                    updated_at=now,
+                )
+            )
+    return planned
+
+
+async def send_to_pacs(pacs: ImageArchive, data: bytes, study_uid: str) -> Outcome:
+    """STOW one instance. Sending it again is harmless: it keeps its SOP Instance UID."""
+    try:
+        outcome = (await pacs.store([data], study_uid))[0]
+    except (Retryable, Ambiguous) as error:
+        return Outcome("retrying", reason=str(error), retry_after_s=getattr(error, "retry_after_s", None))
+    except Permanent as error:
+        return Outcome("dead", reason=str(error))
+    if outcome.stored:
+        return Outcome("delivered", receipt=f"stored {outcome.sop_instance_uid}")
+    return Outcome("retrying" if outcome.retryable else "dead", reason=f"refused by the PACS: {outcome.reason}")
+
+
+async def send_to_ehr(ehr: Ehr, data: bytes) -> Outcome:
+    """Run the transaction. Sending it again is harmless: every entry is conditional on a derived identifier."""
+    try:
+        answer = await ehr.transaction(json.loads(data))
+    except (Retryable, Ambiguous) as error:
+        return Outcome("retrying", reason=str(error), retry_after_s=getattr(error, "retry_after_s", None))
+    except Permanent as error:
+        return Outcome("dead", reason=str(error))
+    stored = [entry.get("response", {}).get("location", "") for entry in answer.get("entry", [])]
+    return Outcome("delivered", receipt=", ".join(location for location in stored if location)[:2000])
+
+
+async def send_to_ris(ris: Ris, data: bytes, control_id: str, *, duplicate_safe: bool, resent: bool) -> Outcome:
+    """Send one HL7 message and wait for its own acknowledgement.
+
+    `resent` says that an earlier attempt may have reached the RIS (the process died while it was in flight):
+    then only a RIS that drops duplicates by MSH-10 gets it again.
+    """
+    if resent and not duplicate_safe:
+        reason = "the process ended while this was being sent; look in the RIS whether it arrived, then retry or close"
+        return Outcome("ambiguous", reason=reason)
+    try:
+        answer = await ris.send(data, control_id)
+    except Retryable as error:
+        return Outcome("retrying", reason=str(error), retry_after_s=error.retry_after_s)
+    except Ambiguous as error:
+        return Outcome("retrying" if duplicate_safe else "ambiguous", reason=str(error), uncertain=True)
+    except Permanent as error:
+        return Outcome("dead", reason=str(error))
+    return Outcome("delivered", receipt=f"{answer.code} for {control_id}")
+
+
+def oru_control_id(delivery: Delivery) -> str:
+    """MSH-10 of the ORU of a delivery, as its rendering derived it."""
+    return derive_control_id(delivery.job_id, delivery.revision, "oru")
+
+
+def give_up(outcome: Outcome, attempts: int) -> Outcome:
+    """What a delivery becomes when the last attempt has failed too: dead, or ambiguous if it may have arrived."""
+    reason = f"given up after {attempts} attempts: {outcome.reason}"
+    return Outcome("ambiguous" if outcome.uncertain else "dead", reason=reason)

@@ -1,0 +1,494 @@
+"""The steps of `read_study`: one verb each, its retry policy beside it.
+
+A step takes and gives references and small facts (JSON), never pixels. What a system may still do later is
+tried again here, patiently; what ends the reading is raised as `Stopped`.
+"""
+
+import asyncio
+import io
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, TypedDict, TypeVar
+
+import numpy as np
+from dbos import DBOS
+from pydantic import TypeAdapter
+
+from connectors.errors import Ambiguous, Permanent, Retryable
+from mappings.inputs.fhir_to_context import fhir_to_context, latest_psa
+from mappings.model.context import ClinicalContext
+from mappings.model.findings import Findings, ModelIdentity, RoleChoice
+from mappings.model.protocol import Protocol
+from mappings.model.study import Study
+from mappings.reading.series_to_roles import choose_series, match_protocol
+from mappings.reading.tensors_to_findings import AnswerUnusable, Reading, check_answer, tensors_to_findings
+from mappings.reading.volumes_to_tensors import volumes_to_tensors
+from middleware import telemetry
+from middleware.errors import Stopped
+from middleware.intake.identity import find_disagreements
+from middleware.intake.images import RoleImages, check_roles, load_roles, read_study
+from middleware.ports import ContextSource
+from middleware.release.deliveries import (
+    Outcome,
+    give_up,
+    oru_control_id,
+    plan_deliveries,
+    send_to_ehr,
+    send_to_pacs,
+    send_to_ris,
+)
+from middleware.release.rendering import Addresses, render_all
+from middleware.release.validation import find_faults
+from middleware.store.tables import ArtifactRecord, Delivery, StepRun
+from middleware.systems import Systems
+
+_systems: Systems | None = None
+
+
+def use(systems: Systems) -> None:
+    """Let the steps act on these systems from now on. `bootstrap.py` calls this once a process."""
+    global _systems
+    _systems = systems
+
+
+def systems() -> Systems:
+    """The systems in use."""
+    if _systems is None:
+        raise RuntimeError("steps.use() was not called")
+    return _systems
+
+
+Answer = TypeVar("Answer")
+
+
+class Images(TypedDict):
+    """Where a study lies in the spool."""
+
+    folder: str
+    instances: int
+    bytes: int
+
+
+class Route(TypedDict):
+    """What is read of a study: the protocol, and digests of the study and role choices."""
+
+    protocol: str
+    study: str
+    roles: str
+
+
+class Answered(TypedDict):
+    """The model's answer: digest of the arrays (npz) and who answered."""
+
+    arrays: str
+    name: str
+    version: str
+
+
+_STUDY = TypeAdapter(Study)
+_ROLES = TypeAdapter(tuple[RoleChoice, ...])
+_CONTEXT = TypeAdapter(ClinicalContext)
+_FINDINGS = TypeAdapter(Findings)
+
+
+@asynccontextmanager
+async def _run(step: str, job_id: str) -> AsyncIterator[telemetry.StepWatch]:
+    """Time the step and remember the run, however it ends."""
+    started = systems().now()
+    outcome = "failed"
+    watch = telemetry.StepWatch()
+    try:
+        with telemetry.watch_step(step, job_id) as watch:
+            yield watch
+        outcome = "done"
+    except Stopped as stop:
+        outcome = stop.state
+        raise
+    finally:
+        run = StepRun(job_id=job_id, step=step, started_at=started, duration_s=watch.duration_s, outcome=outcome)
+        systems().store.add_step_run(run)
+
+
+async def _patiently(what: str, action: Callable[[], Awaitable[Answer]]) -> Answer:
+    """Do `action`, again and again while it may still work; Stopped (failed) when it never will or time is up."""
+    retry = systems().settings.retry
+    for attempt in range(1, retry.attempts + 1):
+        try:
+            return await action()
+        except Permanent as error:
+            raise Stopped("failed", (f"{what}: {error}",)) from error
+        except (Retryable, Ambiguous) as error:
+            if attempt == retry.attempts:
+                raise Stopped("failed", (f"{what}, given up after {attempt} attempts: {error}",)) from error
+            telemetry.tell(telemetry.Progress(what, "waiting", str(error)))
+            await asyncio.sleep(retry.wait_s(attempt, getattr(error, "retry_after_s", None)))
+    raise AssertionError("unreachable")
+
+
+def _dump(adapter: TypeAdapter[Any], value: Any) -> str:
+    return systems().artifacts.put(adapter.dump_json(value)).digest
+
+
+def _load(adapter: TypeAdapter[Answer], digest: str) -> Answer:
+    return adapter.validate_json(systems().artifacts.get(digest))
+
+
+def _spool(job_id: str) -> Path:
+    return systems().settings.data_dir / "spool" / job_id
+
+
+# Images
+
+
+@DBOS.step()
+async def fetch_images(job_id: str, study_uid: str) -> Images:
+    """Fetch the whole study into the spool. Patient: a PACS may be down for a while."""
+    async with _run("fetch", job_id) as watch:
+        systems().store.update_job(job_id, systems().now(), state="reading")
+        source = systems().images
+        if source is None:
+            raise Stopped("failed", ("no source of images is configured; set pacs in wetread.yaml",))
+        into = _spool(job_id)
+        into.parent.mkdir(parents=True, exist_ok=True)
+
+        def report(instances: int, size: int) -> None:
+            telemetry.tell(telemetry.Progress("fetch", "going on", f"{instances} instances, {size / 1e6:.1f} MB"))
+
+        fetched = await _patiently(
+            "fetching the images", lambda: source.fetch_study(study_uid, into, on_progress=report)
+        )
+        watch.detail = f"{len(fetched.files)} instances, {fetched.bytes_received / 1e6:.1f} MB"
+        return Images(folder=str(into), instances=len(fetched.files), bytes=fetched.bytes_received)
+
+
+@DBOS.step()
+async def choose_protocol(job_id: str, study_uid: str, images: Images, wanted: str) -> Route:
+    """Read the headers, find the protocol that applies (or take the `wanted` one) and the series of its roles.
+
+    Nothing to retry: the answer depends on the spool alone. Stops as unusable or unmatched, with every reason.
+    """
+    async with _run("route", job_id) as watch:
+        study = await asyncio.to_thread(read_study, Path(images["folder"]))
+        if study.study_instance_uid != study_uid:
+            raise Stopped("unusable", ("the images fetched belong to another study than the one asked for",))
+        systems().store.update_job(job_id, systems().now(), facts={"study": _dump(_STUDY, study)})
+        protocol = _match(study, wanted)
+        roles = choose_series(study, protocol)
+        facts = {"roles": _dump(_ROLES, roles)}
+        systems().store.update_job(job_id, systems().now(), protocol=protocol.name, facts=facts)
+        await asyncio.to_thread(check_roles, study, protocol, roles)
+        watch.detail = f"protocol {protocol.name}; " + ", ".join(
+            f"{c.role}: series {c.series_label}" for c in roles if c.series_instance_uid
+        )
+        return Route(protocol=protocol.name, study=_dump(_STUDY, study), roles=facts["roles"])
+
+
+def _match(study: Study, wanted: str) -> Protocol:
+    protocols = systems().protocols
+    candidates = [protocols[wanted]] if wanted else list(protocols.values())
+    reasons = {c.protocol.name: match_protocol(study, c.protocol) for c in candidates}
+    matched = [c.protocol for c in candidates if not reasons[c.protocol.name]]
+    if not matched:
+        raise Stopped("unmatched", tuple(f"{name}: {'; '.join(why)}" for name, why in reasons.items()))
+    return matched[0]
+
+
+# Context
+
+
+@DBOS.step()
+async def gather_context(job_id: str, route: Route) -> str:
+    """Pull patient, order, laboratory values and history from the EHR; the digest of the context.
+
+    Patient: an EHR may be down for a while. What it does not have is named as missing.
+    """
+    async with _run("context", job_id) as watch:
+        study = _load(_STUDY, route["study"])
+        source = systems().context
+        if source is None:
+            watch.detail = "no EHR configured and no context given"
+            return _keep_context(job_id, ClinicalContext(source="", missing=("no EHR is configured",)))
+        resources = await _patiently("asking the EHR", lambda: _search_all(source, study))
+        context = fhir_to_context(
+            resources,
+            source=systems().context_name,
+            patient_id=study.patient.patient_id,
+            patient_issuer=study.patient.issuer,
+            accession_number=study.accession_number,
+        )
+        order = "order found" if context.order else "no order"
+        watch.detail = (
+            f"{'patient found' if context.patient else 'patient not found'}, {order}, {len(context.labs)} labs"
+        )
+        return _keep_context(job_id, context)
+
+
+def _keep_context(job_id: str, context: ClinicalContext) -> str:
+    digest = _dump(_CONTEXT, context)
+    systems().store.update_job(job_id, systems().now(), facts={"context": digest})
+    return digest
+
+
+async def _search_all(source: ContextSource, study: Study) -> list[dict[str, Any]]:
+    """Patient and order by their identifiers, then everything else by the patients found."""
+    ehr = systems().settings.ehr
+    system = ehr.patient_identifier_system if ehr else ""
+    token = f"{system}|{study.patient.patient_id}" if system else study.patient.patient_id
+    patients = await source.search("Patient", {"identifier": token}) if study.patient.patient_id else []
+    orders = (
+        await source.search("ServiceRequest", {"identifier": study.accession_number}) if study.accession_number else []
+    )
+    found = [*patients, *orders]
+    for patient in patients[:2]:
+        reference = f"Patient/{patient.get('id', '')}"
+        for kind, params in _ABOUT_A_PATIENT:
+            found += await source.search(kind, {"patient": reference, **params}, limit=200)
+    return found
+
+
+_ABOUT_A_PATIENT: tuple[tuple[str, dict[str, str]], ...] = (
+    ("Observation", {"category": "laboratory", "_sort": "-date"}),
+    ("Condition", {}),
+    ("AllergyIntolerance", {}),
+    ("DiagnosticReport", {"_sort": "-date"}),
+)
+
+
+@DBOS.step()
+async def check_identity(job_id: str, route: Route, context: str) -> None:
+    """Stop (held) where images, order and EHR do not speak of one patient. Nothing to retry."""
+    async with _run("identity", job_id) as watch:
+        disagreements = find_disagreements(
+            _load(_STUDY, route["study"]),
+            _load(_CONTEXT, context),
+            context_expected=systems().context is not None,
+        )
+        if disagreements and (systems().context is not None or systems().configured()):
+            raise Stopped("held", disagreements)
+        watch.detail = "; ".join(disagreements) or "images, order and EHR agree"
+
+
+# Reading
+
+
+def _role_images(images: Images, route: Route) -> tuple[Protocol, Study, tuple[RoleChoice, ...], RoleImages]:
+    protocol = systems().protocols[route["protocol"]].protocol
+    study, roles = _load(_STUDY, route["study"]), _load(_ROLES, route["roles"])
+    return protocol, study, roles, load_roles(Path(images["folder"]), study, protocol, roles)
+
+
+@DBOS.step()
+async def ask_model(job_id: str, images: Images, route: Route) -> Answered:
+    """Resample to the reference grid, ask the pinned model, and keep its answer. Patient: inference has no side
+    effect, and a server may be loading or full."""
+    async with _run("inference", job_id) as watch:
+        server = systems().model
+        if server is None:
+            raise Stopped("failed", ("no inference server is configured; set triton in wetread.yaml",))
+        protocol, _, _, loaded = await asyncio.to_thread(_role_images, images, route)
+        tensors = await asyncio.to_thread(volumes_to_tensors, loaded.volumes, protocol)
+        await _patiently("asking the model", lambda: server.check_model(protocol.model))
+        outputs = protocol.model.outputs
+        answer = await _patiently(
+            "asking the model", lambda: server.infer(protocol.model, tensors, outputs, request_id=job_id)
+        )
+        try:
+            check_answer(answer.outputs, loaded.volumes[protocol.measure.reference_role].geometry.shape)
+        except AnswerUnusable as error:
+            raise Stopped("failed", (f"the model's answer cannot be used: {error}",)) from error
+        watch.detail = f"{answer.model_name} version {answer.model_version}, {len(answer.outputs['scores'])} lesion(s)"
+        digest = await asyncio.to_thread(_keep_arrays, answer.outputs)
+        return Answered(arrays=digest, name=answer.model_name, version=answer.model_version)
+
+
+def _keep_arrays(arrays: Mapping[str, np.ndarray[Any, Any]]) -> str:
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, allow_pickle=False, **arrays)
+    return systems().artifacts.put(buffer.getvalue()).digest
+
+
+def _kept_arrays(digest: str) -> dict[str, np.ndarray[Any, Any]]:
+    with np.load(io.BytesIO(systems().artifacts.get(digest)), allow_pickle=False) as arrays:
+        return {name: arrays[name] for name in arrays.files}
+
+
+@DBOS.step()
+async def derive_findings(job_id: str, images: Images, route: Route, context: str, answered: Answered) -> str:
+    """Measure, place and score everything the model drew; the digest of the findings. Nothing to retry."""
+    async with _run("findings", job_id) as watch:
+        findings = await asyncio.to_thread(_derive, job_id, images, route, context, answered)
+        digest = _dump(_FINDINGS, findings)
+        systems().store.update_job(job_id, systems().now(), facts={"findings": digest, "answer": dict(answered)})
+        watch.detail = _summary(findings)
+        return digest
+
+
+def _derive(job_id: str, images: Images, route: Route, context_digest: str, answered: Answered) -> Findings:
+    protocol, study, roles, loaded = _role_images(images, route)
+    context = _load(_CONTEXT, context_digest)
+    job = systems().store.job(job_id)
+    on = study.study_date or job.created_at.date()
+    psa, reason = latest_psa(context, on, protocol.measure.psa.maximum_age_days)
+    model = ModelIdentity(
+        answered["name"], answered["version"], protocol.model.manufacturer, protocol.model.description
+    )
+    reading = Reading(
+        job_id=job_id,
+        revision=job.revision,
+        now=job.created_at.astimezone(systems().settings.zone).replace(microsecond=0),
+        study=study,
+        protocol=protocol,
+        model=model,
+        context=context,
+        psa=psa,
+        psa_reason=reason,
+        roles=roles,
+        volumes=loaded.volumes,
+    )
+    return tensors_to_findings(_kept_arrays(answered["arrays"]), reading)
+
+
+def _summary(findings: Findings) -> str:
+    gland = findings.gland.measurement("volume_voxels") if findings.gland else None
+    overall = f", PI-RADS {findings.assessments[0].score}" if findings.assessments else ""
+    size = f"gland {gland.text} mL" if gland else "no gland"
+    return f"{size}, {len(findings.lesions)} lesion(s){overall}"
+
+
+# Release
+
+
+@DBOS.step()
+async def render(job_id: str, images: Images, route: Route, answered: Answered, findings: str) -> list[str]:
+    """Render everything the protocol asks for into the artifact store; the artifacts' names. Nothing to retry:
+    the same findings give the same bytes."""
+    async with _run("render", job_id) as watch:
+        records = await asyncio.to_thread(_render, job_id, images, route, answered, findings)
+        systems().store.save_artifacts(records)
+        watch.detail = f"{len(records)} artifacts, {sum(r.size_bytes for r in records) / 1e6:.1f} MB"
+        return [record.name for record in records]
+
+
+def _addresses() -> Addresses:
+    site, ris = systems().settings.site, systems().settings.ris
+    return Addresses(
+        sending_application=site.sending_application,
+        sending_facility=site.sending_facility,
+        receiving_application=ris.receiving_application if ris else "RIS",
+        receiving_facility=ris.receiving_facility if ris else site.sending_facility,
+        processing_id=ris.processing_id if ris else "P",
+        zone=systems().settings.zone,
+        ehr_gave_context=systems().context is systems().ehr,
+    )
+
+
+def _render(job_id: str, images: Images, route: Route, answered: Answered, findings: str) -> list[ArtifactRecord]:
+    protocol, _, _, loaded = _role_images(images, route)
+    result = _load(_FINDINGS, findings)
+    masks = {name: _kept_arrays(answered["arrays"])[name] for name in ("gland", "zones", "lesions")}
+    rendered = render_all(result, protocol, masks, loaded, systems().templates, _addresses())
+    return [
+        ArtifactRecord(
+            artifact_id=f"{job_id}/{result.revision}/{position:03}",
+            job_id=job_id,
+            revision=result.revision,
+            name=artifact.name,
+            kind=artifact.kind,
+            media_type=artifact.media_type,
+            digest=systems().artifacts.put(artifact.data).digest,
+            size_bytes=len(artifact.data),
+            sop_instance_uid=artifact.sop_instance_uid,
+        )
+        for position, artifact in enumerate(rendered)
+    ]
+
+
+@DBOS.step()
+async def validate(job_id: str, findings: str, answered: Answered) -> None:
+    """Check every artifact against its standard and against the findings; stop (quarantined) at any fault."""
+    async with _run("validate", job_id) as watch:
+        records = systems().store.artifacts(job_id)
+        contents = {record.name: systems().artifacts.get(record.digest) for record in records}
+        masks = _kept_arrays(answered["arrays"])
+        faults = await asyncio.to_thread(find_faults, _load(_FINDINGS, findings), contents, masks)
+        if faults:
+            raise Stopped("quarantined", faults)
+        watch.detail = f"{len(contents)} artifacts agree with the findings and their standards"
+
+
+@DBOS.step()
+async def plan_release(job_id: str, route: Route) -> list[str]:
+    """Write down what goes where; the destinations. From here on the result is released."""
+    async with _run("release", job_id) as watch:
+        protocol = systems().protocols[route["protocol"]].protocol
+        job, now = systems().store.job(job_id), systems().now()
+        planned = plan_deliveries(
+            job_id, job.revision, protocol.outputs, systems().configured(), systems().store.artifacts(job_id), now
+        )
+        systems().store.plan_deliveries(planned)
+        destinations = list(dict.fromkeys(d.destination for d in planned))
+        watch.detail = (
+            f"{len(planned)} deliveries to {', '.join(destinations) or 'nowhere (no destination configured)'}"
+        )
+        return destinations
+
+
+@DBOS.step()
+async def conclude(job_id: str, state: str, reasons: list[str]) -> None:
+    """Remember how the reading ended."""
+    systems().store.update_job(job_id, systems().now(), state=state, reasons=reasons)
+    telemetry.JOBS.labels(state).inc()
+    telemetry.log("reading ended", job_id=job_id, state=state)
+
+
+# Deliveries
+
+
+@DBOS.step()
+async def list_deliveries(job_id: str, destination: str) -> list[str]:
+    """The deliveries of a job to one destination that are not settled yet, in order."""
+    everything = systems().store.deliveries(job_id=job_id)
+    return [d.delivery_id for d in everything if d.destination == destination and d.state not in ("delivered", "dead")]
+
+
+class Attempted(TypedDict):
+    """How one attempt ended, and how long to wait before the next (seconds)."""
+
+    state: str
+    wait_s: float
+
+
+@DBOS.step()
+async def attempt_delivery(delivery_id: str, attempt: int) -> Attempted:
+    """Send one artifact once and remember what the destination said. The workflow waits and calls again."""
+    store, now, retry = systems().store, systems().now, systems().settings.retry
+    before = store.delivery(delivery_id)
+    if before.state == "delivered":
+        return Attempted(state="delivered", wait_s=0.0)
+    resent = before.state == "in_flight"
+    delivery = store.mark_delivery(delivery_id, now(), "in_flight", attempt=True)
+    outcome = await _send(delivery, resent=resent)
+    if outcome.state == "retrying" and attempt >= retry.attempts:
+        outcome = give_up(outcome, attempt)
+    store.mark_delivery(delivery_id, now(), outcome.state, receipt=outcome.receipt, reason=outcome.reason)
+    telemetry.DELIVERIES.labels(delivery.destination, outcome.state).inc()
+    telemetry.log(
+        "delivery", job_id=delivery.job_id, destination=delivery.destination, state=outcome.state, attempt=attempt
+    )
+    what = f"{delivery.artifact_name} to {delivery.destination}"
+    telemetry.tell(telemetry.Progress(what, outcome.state, outcome.reason or outcome.receipt))
+    return Attempted(state=outcome.state, wait_s=retry.wait_s(attempt, outcome.retry_after_s))
+
+
+async def _send(delivery: Delivery, *, resent: bool) -> Outcome:
+    here = systems()
+    data = here.artifacts.get(delivery.digest)
+    if delivery.destination == "pacs" and here.pacs is not None:
+        return await send_to_pacs(here.pacs, data, here.store.job(delivery.job_id).study_instance_uid)
+    if delivery.destination == "ehr" and here.ehr is not None:
+        return await send_to_ehr(here.ehr, data)
+    if delivery.destination == "ris" and here.ris is not None:
+        safe = here.settings.ris.duplicate_safe if here.settings.ris else False
+        return await send_to_ris(here.ris, data, oru_control_id(delivery), duplicate_safe=safe, resent=resent)
+    return Outcome("dead", reason=f"{delivery.destination} is no longer configured; configure it, then retry")

@@ -1,0 +1,37 @@
+"""Everything that the steps act on, in one place; `bootstrap.py` fills it."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+
+import jinja2
+
+from middleware.intake.protocols import LoadedProtocol
+from middleware.ports import ContextSource, Ehr, ImageArchive, ImageSource, ModelServer, Ris
+from middleware.settings import Settings
+from middleware.store.artifacts import ArtifactStore
+from middleware.store.queries import Store
+
+
+@dataclass
+class Systems:
+    """Everything the steps act on. None where a site has not configured a system."""
+
+    settings: Settings
+    store: Store
+    artifacts: ArtifactStore
+    protocols: Mapping[str, LoadedProtocol]
+    templates: jinja2.Environment
+    images: ImageSource | None = None
+    model: ModelServer | None = None
+    pacs: ImageArchive | None = None
+    context: ContextSource | None = None
+    context_name: str = ""
+    ehr: Ehr | None = None
+    ris: Ris | None = None
+    now: Callable[[], datetime] = field(default=lambda: datetime.now().astimezone())
+
+    def configured(self) -> tuple[str, ...]:
+        """Names of the destinations that results can go to."""
+        named = (("pacs", self.pacs), ("ehr", self.ehr), ("ris", self.ris))
+        return tuple(name for name, system in named if system is not None)

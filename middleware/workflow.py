@@ -1,0 +1,50 @@
+"""The product, top to bottom: what happens to a study from the moment Wetread hears of it.
+
+Both functions are durable (DBOS Transact): killed at any point, they go on after the last finished step. Steps
+may run twice, so every effect is safe to repeat: its ids derive from the job and its revision.
+"""
+
+from dbos import DBOS, SetWorkflowID, error
+
+from middleware import steps
+from middleware.errors import Stopped
+
+
+@DBOS.workflow()
+async def read_study(job_id: str, study_uid: str, wanted_protocol: str = "") -> str:
+    """Read one study and release the result to every destination; the state in which the reading ended."""
+    try:
+        images = await steps.fetch_images(job_id, study_uid)
+        route = await steps.choose_protocol(job_id, study_uid, images, wanted_protocol)
+        context = await steps.gather_context(job_id, route)
+        await steps.check_identity(job_id, route, context)
+        answered = await steps.ask_model(job_id, images, route)
+        findings = await steps.derive_findings(job_id, images, route, context, answered)
+        await steps.render(job_id, images, route, answered, findings)
+        await steps.validate(job_id, findings, answered)
+        destinations = await steps.plan_release(job_id, route)
+    except Stopped as stop:
+        await steps.conclude(job_id, stop.state, list(stop.reasons))
+        return stop.state
+    except error.DBOSException:
+        raise
+    except Exception as fault:
+        await steps.conclude(job_id, "failed", [f"unexpected {type(fault).__name__}: {fault}"])
+        return "failed"
+    for destination in destinations:
+        with SetWorkflowID(f"{job_id}/{destination}"):
+            await DBOS.start_workflow_async(deliver, job_id, destination)
+    await steps.conclude(job_id, "released", [])
+    return "released"
+
+
+@DBOS.workflow()
+async def deliver(job_id: str, destination: str) -> None:
+    """Bring a job's artifacts to one destination, in order; no other destination waits for it or repeats."""
+    for delivery_id in await steps.list_deliveries(job_id, destination):
+        attempt = 1
+        attempted = await steps.attempt_delivery(delivery_id, attempt)
+        while attempted["state"] == "retrying":
+            await DBOS.sleep_async(attempted["wait_s"])
+            attempt += 1
+            attempted = await steps.attempt_delivery(delivery_id, attempt)
