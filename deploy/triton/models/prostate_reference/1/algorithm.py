@@ -203,10 +203,9 @@ def outline(shape: Array, t2w: Array, adc: Array, hbv: Array, spacing: Array) ->
         _to_fine(ndimage.gaussian_filter(v, (0.5, 1, 1)), coarse, fine) for v in evidence(*volumes, coarse)
     )
     radius, inner, _ = radii(shape, fine)
+    rim = np.maximum(peripheral, PERIPHERAL_FLOOR)
     # Tissue evidence is as high in the rectal wall and levator, so it may only take away.
-    inside = _one_piece(
-        (1 - radius) + 0.08 * (tissue - 1) + 0.06 * (np.maximum(peripheral, PERIPHERAL_FLOOR) + 0.5) > 0
-    )
+    inside = _one_piece((1 - radius) + 0.08 * (tissue - 1) + 0.06 * (rim + 0.5) > 0)
     volume_ml = inside.sum() * float(np.prod(spacing)) / 1000
     if not GLAND_ML[0] <= volume_ml <= GLAND_ML[1]:
         inside[:] = False
