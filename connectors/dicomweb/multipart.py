@@ -59,7 +59,8 @@ class MultipartReader:
         self._delimiter = b"\r\n" + self._dash_boundary
         self._sink = sink
         self._where = where
-        self._held = b""
+        # A boundary stands at the start of a line, and the stream starts one.
+        self._held = b"\n"
         self._step = self._preamble
         self._left: int | None = None
         self._preamble_bytes = 0
@@ -97,14 +98,13 @@ class MultipartReader:
         return Permanent(f"{self._where}: part {self.parts + 1} of the multipart answer: {problem}")
 
     def _preamble(self, data: bytes, position: int) -> int | None:
-        found = data.find(self._dash_boundary, position)
-        while found > 0 and data[found - 1 : found] != b"\n":
-            found = data.find(self._dash_boundary, found + 1)
-        if found < 0 or (found == 0 and self._preamble_bytes):
+        line_start = b"\n" + self._dash_boundary
+        found = data.find(line_start, position)
+        if found < 0:
             return self._skip_preamble(data, position)
-        end = self._line_end(data, found + len(self._dash_boundary))
+        end = self._line_end(data, found + len(line_start))
         if end is None:
-            return self._wait(max(found - 1, 0))
+            return self._wait(found)
         if end < 0:
             raise self._broken("the first boundary line goes on after the boundary.")
         # A server that ends this line with LF alone ends all of them so.

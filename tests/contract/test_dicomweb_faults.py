@@ -5,6 +5,8 @@ import errno
 import io
 import json
 import socket
+import ssl
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -22,6 +24,10 @@ from connectors.errors import Permanent, Retryable
 
 STUDY = Path(__file__).parents[3] / "shared" / "data" / "prostatex-0000" / "images"
 ANY_UID = "1.2.3"
+
+SELF_SIGNED = [
+    *["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost", "-addext"]
+]
 
 
 def free_port() -> int:
@@ -108,6 +114,7 @@ def nonsense(peer: socket.socket) -> None:
 
 
 MULTIPART = 'Content-Type: multipart/related; type="application/dicom"; boundary=b1\r\n'
+HEAD = f"HTTP/1.1 200 OK\r\n{MULTIPART}Connection: close\r\n\r\n".encode()
 PART = b"--b1\r\nContent-Type: application/dicom\r\n\r\n" + b"x" * 5000 + b"\r\n"
 
 
@@ -320,3 +327,42 @@ async def test_search_faults(script: Script, error: type[Exception], told: str) 
         with pytest.raises(error, match=told):
             await client.search_studies({})
         await client.aclose()
+
+
+async def test_tls_is_checked_and_the_client_certificate_shown(tmp_path: Path) -> None:
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    request = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "rsa:2048",
+        "-nodes",
+        "-days",
+        "2",
+        "-subj",
+        "/CN=localhost",
+        "-addext",
+    ]
+    command = [*SELF_SIGNED, "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(cert)]
+    await asyncio.to_thread(subprocess.run, command, check=True, capture_output=True)
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=cert)
+    context.load_cert_chain(cert, key)
+    context.verify_mode = ssl.CERT_REQUIRED
+
+    def secured(peer: socket.socket) -> None:
+        with context.wrap_socket(peer.dup(), server_side=True) as inner:
+            request = read_request(inner)
+            inner.sendall(HEAD + (b"[]" if b"GET /dicom-web/studies?" in request else PART + b"--b1--"))
+
+    with hostile(secured) as url:
+        secure = url.replace("http:", "https:")
+        trusting = DicomwebClient(DicomwebConfig(url=secure, ca_file=cert, client_cert_file=cert, client_key_file=key))
+        assert len((await trusting.fetch_study(ANY_UID, tmp_path / "study")).files) == 1
+        assert "answers" in await trusting.probe()
+        stranger = DicomwebClient(DicomwebConfig(url=secure))
+        for call in (stranger.probe(), stranger.fetch_study(ANY_UID, tmp_path / "other")):
+            with pytest.raises(Permanent, match="not trusted"):
+                await call
+        await trusting.aclose()
+        await stranger.aclose()

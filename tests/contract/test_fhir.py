@@ -1,12 +1,16 @@
 """The FHIR connector against a raw HTTP peer that pages, loops, lies and breaks. HAPI judges it elsewhere."""
 
+import asyncio
 import json
 import socket
+import ssl
+import subprocess
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +22,10 @@ from connectors.fhir.config import FhirConfig
 Json = dict[str, Any]
 # (status, headers, body); None hangs up without an answer.
 Answer = tuple[int, dict[str, str], bytes] | None
+
+SELF_SIGNED = [
+    *["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost", "-addext"]
+]
 
 
 class Peer(ThreadingHTTPServer):
@@ -313,6 +321,35 @@ async def test_slow_trickle_ends_at_the_time_limit() -> None:
             with pytest.raises(Retryable, match="time limit"):
                 await fhir.read("Patient/1")
             assert time.monotonic() - started < 3
+
+
+async def test_tls_is_checked(tmp_path: Path) -> None:
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    request = [
+        "openssl",
+        "req",
+        "-x509",
+        "-newkey",
+        "rsa:2048",
+        "-nodes",
+        "-days",
+        "2",
+        "-subj",
+        "/CN=localhost",
+        "-addext",
+    ]
+    command = [*SELF_SIGNED, "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(cert)]
+    await asyncio.to_thread(subprocess.run, command, check=True, capture_output=True)
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    context.load_cert_chain(cert, key)
+    with peer(said({"resourceType": "Patient", "id": "1"})) as server:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        url = f"https://127.0.0.1:{server.server_port}/fhir"
+        async with closing(FhirClient(FhirConfig(url=url, ca_file=cert))) as fhir:
+            assert (await fhir.read("Patient/1"))["id"] == "1"
+        async with closing(FhirClient(FhirConfig(url=url))) as fhir:
+            with pytest.raises(Permanent, match="not trusted"):
+                await fhir.read("Patient/1")
 
 
 class closing:

@@ -1,0 +1,75 @@
+"""Connector settings refuse what cannot work, and never print a secret."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel, ValidationError
+
+from connectors.dicomweb.client import DicomwebClient
+from connectors.dicomweb.config import DicomwebConfig
+from connectors.errors import Permanent
+from connectors.fhir.client import FhirClient
+from connectors.fhir.config import FhirConfig
+from connectors.mllp.client import MllpClient
+from connectors.mllp.config import MllpConfig
+
+URL = "https://pacs.example/dicom-web"
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "told"),
+    [
+        (DicomwebConfig, {}, "url"),
+        (DicomwebConfig, {"url": "pacs.example"}, "must be http"),
+        (DicomwebConfig, {"url": "ftp://pacs.example"}, "must be http"),
+        (DicomwebConfig, {"url": "https://u:p@pacs.example"}, "user or password"),
+        (DicomwebConfig, {"url": f"{URL}?x=1"}, "query"),
+        (DicomwebConfig, {"url": URL, "token": "t", "user": "u", "password": "p"}, "not both"),
+        (DicomwebConfig, {"url": URL, "user": "u"}, "belong together"),
+        (DicomwebConfig, {"url": URL, "client_key_file": __file__}, "client_cert_file"),
+        (DicomwebConfig, {"url": URL, "ca_file": "/nowhere.pem"}, "ca_file"),
+        (DicomwebConfig, {"url": URL, "connect_timeout_s": 0}, "connect_timeout_s"),
+        (DicomwebConfig, {"url": URL, "pasword": "x"}, "pasword"),
+        (FhirConfig, {"url": "https://u:p@ehr.example"}, "user or password"),
+        (FhirConfig, {"url": "ehr"}, "must be http"),
+        (FhirConfig, {"url": "https://ehr.example#x"}, "fragment"),
+        (FhirConfig, {"url": "https://ehr.example", "max_pages": 0}, "max_pages"),
+        (MllpConfig, {"host": "ris", "port": 0}, "port"),
+        (MllpConfig, {"host": "ris", "port": 2575, "ca_file": __file__}, "need tls"),
+        (MllpConfig, {"host": "ris", "port": 2575, "encoding": "utf-ate"}, "character set"),
+        (MllpConfig, {"host": "ris", "port": 2575, "tls": True, "client_key_file": __file__}, "client_cert_file"),
+    ],
+)
+def test_wrong_settings_are_named(model: type[BaseModel], settings: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValidationError, match=told):
+        model.model_validate(settings)
+
+
+def test_secrets_are_not_printed_and_settings_cannot_change() -> None:
+    for config in (
+        DicomwebConfig.model_validate({"url": URL, "token": "s3cret"}),
+        DicomwebConfig.model_validate({"url": URL, "user": "u", "password": "s3cret"}),
+        FhirConfig.model_validate({"url": URL, "token": "s3cret"}),
+    ):
+        assert "s3cret" not in f"{config!r} {config} {config.model_dump_json()}"
+        with pytest.raises(ValidationError, match="frozen"):
+            setattr(config, "name", "other")  # noqa: B010 - mypy knows that it cannot be set
+
+
+@pytest.mark.parametrize("model", [DicomwebConfig, FhirConfig, MllpConfig])
+def test_every_setting_says_what_it_is(model: type[BaseModel]) -> None:
+    assert [name for name, field in model.model_fields.items() if not field.description] == []
+
+
+def test_unusable_ca_file_is_permanent(tmp_path: Path) -> None:
+    ca = tmp_path / "ca.pem"
+    ca.write_text("not a certificate")
+    makers = (
+        lambda: DicomwebClient(DicomwebConfig(url=URL, ca_file=ca)),
+        lambda: FhirClient(FhirConfig(url=URL, ca_file=ca)),
+        lambda: MllpClient(MllpConfig(host="ris", port=1, tls=True, ca_file=ca)),
+    )
+    for make in makers:
+        with pytest.raises(Permanent, match="ca_file"):
+            make()
