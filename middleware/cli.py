@@ -203,3 +203,7 @@ def main() -> None:
             soft_wrap=True,
         )
         sys.exit(process.FAILED)
+
+
+if __name__ == "__main__":
+    main()

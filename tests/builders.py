@@ -52,7 +52,7 @@ def build_context(**changes: object) -> ClinicalContext:
             accession_number="ACC-1",
             placer_order_number="PLAC-1",
             filler_order_number="FILL-1",
-            code=Code("36572-6", "LN", "MR Prostate"),
+            code=Code("36389-5", "LN", "MR Prostate"),
             code_system_url="http://loinc.org",
             patient_reference="Patient/p1",
             reason="Elevated PSA",

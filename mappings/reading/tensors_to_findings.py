@@ -6,7 +6,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -101,7 +101,7 @@ def check_answer(answer: Answer, shape: tuple[int, int, int]) -> None:
 
 def _check_row(row: int, t2w: float, dwi: float, dce: float, confidence: float) -> None:
     for name, value in (("T2W", t2w), ("DWI", dwi)):
-        if not np.isnan(value) and value not in (1, 2, 3, 4, 5):
+        if value not in (1, 2, 3, 4, 5):
             raise AnswerUnusable(f"scores row {row}: {name} score {value:g} is not one of 1 to 5")
     if not np.isnan(dce) and dce not in (0, 1):
         raise AnswerUnusable(f"scores row {row}: DCE {dce:g} is not 0, 1 or NaN")
@@ -208,7 +208,7 @@ def _lesion(label: int, answer: Answer, reading: Reading, blanks: list[Blank]) -
     if place is None:
         blanks.append(Blank(f"{tracking_id} side, level and sector", "no gland to place it in"))
     measurements = _lesion_measurements(mask, reading, blanks, tracking_id)
-    assessment = _assess(answer["scores"][label - 1], zone, reading, blanks, tracking_id)
+    assessment = _assess(answer["scores"][label - 1], zone, blanks, tracking_id)
     diameter = next(m.value for m in measurements if m.key == "diameter_in_plane")
     notes.extend(n for n in (pirads_v2_1.size_note(assessment.score, diameter),) if n)
     if gland.any() and not (mask & gland).any():
@@ -283,15 +283,9 @@ def _adc_measurements(mask: Mask, reading: Reading, blanks: list[Blank], trackin
     ]
 
 
-def _assess(
-    scores: npt.NDArray[Any], zone: Zone | None, reading: Reading, blanks: list[Blank], tracking_id: str
-) -> Assessment:
-    t2w, dwi, dce_number = (None if np.isnan(v) else int(v) for v in scores[:3])
-    dce = cast(Dce, {None: "not acquired", 0: "negative", 1: "positive"}[dce_number])
-    for name, value in (("T2W score", t2w), ("DWI score", dwi)):
-        if value is None:
-            blanks.append(Blank(f"{tracking_id} {name}", "the model gives none"))
-    assessment = pirads_v2_1.assess_lesion(zone, t2w, dwi, dce)
+def _assess(scores: npt.NDArray[Any], zone: Zone | None, blanks: list[Blank], tracking_id: str) -> Assessment:
+    dce: Dce = "not acquired" if np.isnan(scores[2]) else "positive" if scores[2] == 1 else "negative"
+    assessment = pirads_v2_1.assess_lesion(zone, int(scores[0]), int(scores[1]), dce)
     if assessment.score == "X":
         blanks.append(Blank(f"{tracking_id} PI-RADS category", assessment.explanation))
     return assessment
@@ -338,10 +332,10 @@ def _context_blanks(reading: Reading) -> list[Blank]:
 
 
 def _technique(reading: Reading) -> tuple[str, ...]:
+    """One line for each series that was read; roles without one are among the blanks."""
     lines = []
     for choice in reading.roles:
         if choice.series_instance_uid is None:
-            lines.append(f"{choice.title}: not acquired")
             continue
         series = reading.study.find_series(choice.series_instance_uid)
         thickness = f", {series.slice_thickness_mm:g} mm" if series.slice_thickness_mm else ""

@@ -173,7 +173,7 @@ def test_observer_model_order_and_procedure_are_stated() -> None:
     report = render(build_findings())
     assert read_codes(report, "121005") == ["121007"]
     assert children(report, "121015")[0].TextValue == "prostate_reference"
-    assert read_codes(report, "121058") == ["36572-6"]
+    assert read_codes(report, "121058") == ["36389-5"]
     request = report.ReferencedRequestSequence[0]
     assert request.AccessionNumber == "ACC-1"
     assert request.PlacerOrderNumberImagingServiceRequest == "PLAC-1"
