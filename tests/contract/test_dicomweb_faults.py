@@ -25,9 +25,7 @@ from connectors.errors import Permanent, Retryable
 STUDY = Path(__file__).parents[3] / "shared" / "data" / "prostatex-0000" / "images"
 ANY_UID = "1.2.3"
 
-SELF_SIGNED = [
-    *["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost", "-addext"]
-]
+SELF_SIGNED = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
 
 
 def free_port() -> int:
@@ -331,20 +329,7 @@ async def test_search_faults(script: Script, error: type[Exception], told: str) 
 
 async def test_tls_is_checked_and_the_client_certificate_shown(tmp_path: Path) -> None:
     cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
-    request = [
-        "openssl",
-        "req",
-        "-x509",
-        "-newkey",
-        "rsa:2048",
-        "-nodes",
-        "-days",
-        "2",
-        "-subj",
-        "/CN=localhost",
-        "-addext",
-    ]
-    command = [*SELF_SIGNED, "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(cert)]
+    command = [*SELF_SIGNED, "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(cert)]
     await asyncio.to_thread(subprocess.run, command, check=True, capture_output=True)
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH, cafile=cert)
     context.load_cert_chain(cert, key)

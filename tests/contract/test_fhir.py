@@ -23,9 +23,7 @@ Json = dict[str, Any]
 # (status, headers, body); None hangs up without an answer.
 Answer = tuple[int, dict[str, str], bytes] | None
 
-SELF_SIGNED = [
-    *["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost", "-addext"]
-]
+SELF_SIGNED = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
 
 
 class Peer(ThreadingHTTPServer):
@@ -162,6 +160,14 @@ async def test_search_refuses_what_it_cannot_trust(answer: Answer, told: str) ->
     with peer(answer) as server:
         async with closing(client(server, max_answer_bytes=8000, max_resources=10)) as fhir:
             with pytest.raises(Permanent, match=told):
+                await fhir.search("Observation", {})
+    assert len(server.requests) == 1
+
+
+async def test_same_port_of_another_host_is_another_origin() -> None:
+    with peer(lambda path: said(page(observation(1), following=f"http://localhost:{server.server_port}/x"))) as server:
+        async with closing(client(server)) as fhir:
+            with pytest.raises(Permanent, match="another origin"):
                 await fhir.search("Observation", {})
     assert len(server.requests) == 1
 
@@ -325,20 +331,7 @@ async def test_slow_trickle_ends_at_the_time_limit() -> None:
 
 async def test_tls_is_checked(tmp_path: Path) -> None:
     cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
-    request = [
-        "openssl",
-        "req",
-        "-x509",
-        "-newkey",
-        "rsa:2048",
-        "-nodes",
-        "-days",
-        "2",
-        "-subj",
-        "/CN=localhost",
-        "-addext",
-    ]
-    command = [*SELF_SIGNED, "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(cert)]
+    command = [*SELF_SIGNED, "-addext", "subjectAltName=IP:127.0.0.1", "-keyout", str(key), "-out", str(cert)]
     await asyncio.to_thread(subprocess.run, command, check=True, capture_output=True)
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     context.load_cert_chain(cert, key)
