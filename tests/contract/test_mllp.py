@@ -1,8 +1,11 @@
 """The MLLP connector against python-hl7's server, and against peers that misbehave."""
 
 import asyncio
+import socket
 import ssl
 import subprocess
+import threading
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -221,6 +224,27 @@ async def test_connection_closed_while_idle_is_opened_anew() -> None:
             assert (await client.send(oru(control_id), control_id)).code == "AA"
             await asyncio.sleep(0.05)
     assert connections == 3
+
+
+async def test_close_that_the_event_loop_has_not_seen_yet_is_noticed_too() -> None:
+    listener = socket.create_server(("127.0.0.1", 0))
+
+    def answer_once_each_connection() -> None:
+        for _ in range(2):
+            peer, _ = listener.accept()
+            with peer:
+                message = peer.recv(65536)
+                peer.sendall(ack(message.split(b"|")[9].decode()))
+
+    ris = threading.Thread(target=answer_once_each_connection, daemon=True)
+    ris.start()
+    client = MllpClient(MllpConfig(host="127.0.0.1", port=listener.getsockname()[1], ack_timeout_s=5))
+    assert (await client.send(oru("C1"), "C1")).code == "AA"
+    # Held up on purpose: the close arrives while the loop cannot look.
+    time.sleep(0.2)  # noqa: ASYNC251
+    assert (await client.send(oru("C2"), "C2")).code == "AA"
+    await client.aclose()
+    listener.close()
 
 
 async def test_cancelled_send_drops_the_connection() -> None:
