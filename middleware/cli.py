@@ -69,7 +69,8 @@ def _show_progress(progress: telemetry.Progress) -> None:
     state = "" if progress.state in ("done", "failed") else f"{progress.state}: "
     if screen.is_terminal:
         screen.print(" " * (screen.width - 1), end="\r")
-    screen.print(f"{mark} {took} {escape(progress.step):<10} {state}{escape(progress.detail)}")
+    detail = "" if progress.state == "delivered" else escape(progress.detail)
+    screen.print(f"{mark} {took} {escape(progress.step):<10} {state}{detail}".rstrip(" :"), soft_wrap=True)
 
 
 _HEADLINES = {
@@ -92,10 +93,8 @@ def _show_result(result: process.Result, out: Path) -> None:
     if result.deliveries:
         screen.print(f"{len(result.deliveries) - len(undelivered)} of {len(result.deliveries)} deliveries arrived.")
     for delivery in undelivered:
-        errors.print(
-            f"[red]{delivery.artifact_name} to {delivery.destination} is {delivery.state}:[/] {escape(delivery.reason)}",
-            soft_wrap=True,
-        )
+        what = f"{delivery.artifact_name} to {delivery.destination} is {delivery.state}"
+        errors.print(f"[red]{what}:[/] {escape(delivery.reason)}", soft_wrap=True)
 
 
 @cli.command()

@@ -55,10 +55,13 @@ def _explain_job(job: StudyJob, store: Store, artifacts: ArtifactStore, settings
     for run in store.step_runs(job.job_id):
         steps.add_row(run.step, f"{run.started_at:%H:%M:%S}", f"{run.duration_s:.2f} s", run.outcome)
     screen.print(steps)
-    deliveries = Table("to", "what", "state", "attempts", "receipt or reason", title="deliveries", title_justify="left")
+    deliveries = Table(
+        "to", "what", "rev", "state", "tries", "receipt or reason", title="deliveries", title_justify="left"
+    )
     for each in store.deliveries(job_id=job.job_id):
         said = escape(each.reason or each.receipt)
-        deliveries.add_row(each.destination, each.artifact_name, each.state, str(each.attempts), said)
+        revision, tries = str(each.revision), str(each.attempts)
+        deliveries.add_row(each.destination, each.artifact_name, revision, each.state, tries, said)
     screen.print(deliveries)
 
 

@@ -182,7 +182,7 @@ async def _read(systems: Systems, study_uid: str, protocol: str) -> StudyJob:
         handle = await DBOS.start_workflow_async(read_study, job.job_id, study_uid, protocol)
     await handle.get_result(polling_interval_sec=0.05)
     for destination in dict.fromkeys(d.destination for d in systems.store.deliveries(job_id=job.job_id)):
-        delivering: Any = await DBOS.retrieve_workflow_async(f"{job.job_id}/{destination}")
+        delivering: Any = await DBOS.retrieve_workflow_async(f"{workflow_id(job)}/{destination}")
         await delivering.get_result(polling_interval_sec=0.05)
     return systems.store.job(job.job_id)
 
@@ -191,7 +191,7 @@ def write_result(systems: Systems, job: StudyJob, out: Path) -> tuple[Path, ...]
     """Write the artifacts of a released (or undeliverable) result, and the trace of any."""
     written: list[Path] = []
     if job.state == "released":
-        contents = {r.name: systems.artifacts.get(r.digest) for r in systems.store.artifacts(job.job_id)}
+        contents = {r.name: systems.artifacts.get(r.digest) for r in systems.store.artifacts(job.job_id, job.revision)}
         findings = json.loads(systems.artifacts.get(job.facts["findings"]))
         contents["findings.json"] = (json.dumps(findings, indent=1, ensure_ascii=False) + "\n").encode()
         for name, data in contents.items():

@@ -8,6 +8,7 @@ import asyncio
 import io
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar
 
@@ -28,6 +29,7 @@ from middleware import telemetry
 from middleware.errors import Stopped
 from middleware.intake.identity import find_disagreements
 from middleware.intake.images import RoleImages, check_roles, load_roles, read_study
+from middleware.intake.inbox import run_started_at
 from middleware.ports import ContextSource
 from middleware.release.deliveries import (
     Outcome,
@@ -40,7 +42,7 @@ from middleware.release.deliveries import (
 )
 from middleware.release.rendering import Addresses, render_all
 from middleware.release.validation import find_faults
-from middleware.store.tables import ArtifactRecord, Delivery, StepRun
+from middleware.store.tables import ArtifactRecord, Delivery, StepRun, StudyJob
 from middleware.systems import Systems
 
 _systems: Systems | None = None
@@ -319,7 +321,7 @@ async def derive_findings(job_id: str, images: Images, route: Route, context: st
     async with _run("findings", job_id) as watch:
         findings = await asyncio.to_thread(_derive, job_id, images, route, context, answered)
         digest = _dump(_FINDINGS, findings)
-        systems().store.update_job(job_id, systems().now(), facts={"findings": digest, "answer": dict(answered)})
+        systems().store.update_job(job_id, systems().now(), facts={"answer": dict(answered)})
         watch.detail = _summary(findings)
         return digest
 
@@ -328,15 +330,16 @@ def _derive(job_id: str, images: Images, route: Route, context_digest: str, answ
     protocol, study, roles, loaded = _role_images(images, route)
     context = _load(_CONTEXT, context_digest)
     job = systems().store.job(job_id)
-    on = study.study_date or job.created_at.date()
+    began = run_started_at(job)
+    on = study.study_date or began.date()
     psa, reason = latest_psa(context, on, protocol.measure.psa.maximum_age_days)
     model = ModelIdentity(
         answered["name"], answered["version"], protocol.model.manufacturer, protocol.model.description
     )
     reading = Reading(
         job_id=job_id,
-        revision=job.revision,
-        now=job.created_at.astimezone(systems().settings.zone).replace(microsecond=0),
+        revision=1,
+        now=began.astimezone(systems().settings.zone).replace(microsecond=0),
         study=study,
         protocol=protocol,
         model=model,
@@ -346,7 +349,25 @@ def _derive(job_id: str, images: Images, route: Route, context_digest: str, answ
         roles=roles,
         volumes=loaded.volumes,
     )
-    return tensors_to_findings(_kept_arrays(answered["arrays"]), reading)
+    findings = tensors_to_findings(_kept_arrays(answered["arrays"]), reading)
+    return _as_revision(findings, job)
+
+
+def _as_revision(findings: Findings, job: StudyJob) -> Findings:
+    """The released findings themselves where nothing but the time differs, else the next revision after them."""
+    if "findings" not in job.facts:
+        return findings
+    released = _load(_FINDINGS, job.facts["findings"])
+    same_time = replace(
+        findings,
+        revision=released.revision,
+        predecessor_revision=released.predecessor_revision,
+        created_at=released.created_at,
+        status=released.status,
+    )
+    if _FINDINGS.dump_json(same_time) == _FINDINGS.dump_json(released):
+        return released
+    return replace(findings, revision=released.revision + 1, predecessor_revision=released.revision)
 
 
 def _summary(findings: Findings) -> str:
@@ -408,25 +429,28 @@ def _render(job_id: str, images: Images, route: Route, answered: Answered, findi
 async def validate(job_id: str, findings: str, answered: Answered) -> None:
     """Check every artifact against its standard and against the findings; stop (quarantined) at any fault."""
     async with _run("validate", job_id) as watch:
-        records = systems().store.artifacts(job_id)
+        result = _load(_FINDINGS, findings)
+        records = systems().store.artifacts(job_id, result.revision)
         contents = {record.name: systems().artifacts.get(record.digest) for record in records}
         masks = _kept_arrays(answered["arrays"])
-        faults = await asyncio.to_thread(find_faults, _load(_FINDINGS, findings), contents, masks)
+        faults = await asyncio.to_thread(find_faults, result, contents, masks)
         if faults:
             raise Stopped("quarantined", faults)
         watch.detail = f"{len(contents)} artifacts agree with the findings and their standards"
 
 
 @DBOS.step()
-async def plan_release(job_id: str, route: Route) -> list[str]:
+async def plan_release(job_id: str, route: Route, findings: str) -> list[str]:
     """Write down what goes where; the destinations. From here on the result is released."""
     async with _run("release", job_id) as watch:
         protocol = systems().protocols[route["protocol"]].protocol
-        job, now = systems().store.job(job_id), systems().now()
+        store, now = systems().store, systems().now()
+        revision = _load(_FINDINGS, findings).revision
         planned = plan_deliveries(
-            job_id, job.revision, protocol.outputs, systems().configured(), systems().store.artifacts(job_id), now
+            job_id, revision, protocol.outputs, systems().configured(), store.artifacts(job_id, revision), now
         )
-        systems().store.plan_deliveries(planned)
+        store.plan_deliveries(job_id, revision, planned, now)
+        store.update_job(job_id, now, revision=revision, facts={"findings": findings})
         destinations = list(dict.fromkeys(d.destination for d in planned))
         watch.detail = (
             f"{len(planned)} deliveries to {', '.join(destinations) or 'nowhere (no destination configured)'}"
@@ -449,7 +473,8 @@ async def conclude(job_id: str, state: str, reasons: list[str]) -> None:
 async def list_deliveries(job_id: str, destination: str) -> list[str]:
     """The deliveries of a job to one destination that are not settled yet, in order."""
     everything = systems().store.deliveries(job_id=job_id)
-    return [d.delivery_id for d in everything if d.destination == destination and d.state not in ("delivered", "dead")]
+    settled = ("delivered", "dead", "ambiguous")
+    return [d.delivery_id for d in everything if d.destination == destination and d.state not in settled]
 
 
 class Attempted(TypedDict):
@@ -464,8 +489,8 @@ async def attempt_delivery(delivery_id: str, attempt: int) -> Attempted:
     """Send one artifact once and remember what the destination said. The workflow waits and calls again."""
     store, now, retry = systems().store, systems().now, systems().settings.retry
     before = store.delivery(delivery_id)
-    if before.state == "delivered":
-        return Attempted(state="delivered", wait_s=0.0)
+    if before.state in ("delivered", "dead", "ambiguous"):  # settled meanwhile: sent, or superseded
+        return Attempted(state=before.state, wait_s=0.0)
     resent = before.state == "in_flight"
     delivery = store.mark_delivery(delivery_id, now(), "in_flight", attempt=True)
     outcome = await _send(delivery, resent=resent)

@@ -43,7 +43,7 @@ def build_trace(systems: Systems, job_id: str) -> dict[str, Any]:
         ],
         "artifacts": [
             {"name": a.name, "sha256": a.digest, "size_bytes": a.size_bytes, "sop_instance_uid": a.sop_instance_uid}
-            for a in store.artifacts(job_id)
+            for a in store.artifacts(job_id, job.revision)
         ],
         "deliveries": [show_delivery(d) for d in store.deliveries(job_id=job_id)],
     }

@@ -22,7 +22,7 @@ async def read_study(job_id: str, study_uid: str, wanted_protocol: str = "") -> 
         findings = await steps.derive_findings(job_id, images, route, context, answered)
         await steps.render(job_id, images, route, answered, findings)
         await steps.validate(job_id, findings, answered)
-        destinations = await steps.plan_release(job_id, route)
+        destinations = await steps.plan_release(job_id, route, findings)
     except Stopped as stop:
         await steps.conclude(job_id, stop.state, list(stop.reasons))
         return stop.state
@@ -32,7 +32,7 @@ async def read_study(job_id: str, study_uid: str, wanted_protocol: str = "") -> 
         await steps.conclude(job_id, "failed", [f"unexpected {type(fault).__name__}: {fault}"])
         return "failed"
     for destination in destinations:
-        with SetWorkflowID(f"{job_id}/{destination}"):
+        with SetWorkflowID(f"{DBOS.workflow_id}/{destination}"):
             await DBOS.start_workflow_async(deliver, job_id, destination)
     await steps.conclude(job_id, "released", [])
     return "released"

@@ -46,6 +46,7 @@ _STUDY = (
 _SERIES = ("SeriesInstanceUID", "Modality", "SeriesNumber", "SeriesDescription")
 _INSTANCE = ("SOPInstanceUID", "SOPClassUID", "InstanceNumber", "Rows", "Columns", "NumberOfFrames")
 _STORING = ".storing-"
+_DICOM_SUFFIXES = {".dcm", ".dicom", ".ima"}
 _MEDIA_DIRECTORY = "1.2.840.10008.1.3.10"
 _NO_LIMIT = 1 << 62
 
@@ -168,7 +169,8 @@ class FolderClient:
         try:
             with Spool(into, where=where, max_bytes=_NO_LIMIT) as spool:
                 for path in paths:
-                    _link_or_copy(path, spool.next_path())
+                    origin = "__".join(path.relative_to(self._folder).parts)
+                    _link_or_copy(path, spool.next_path(origin))
                     spool.count(path.stat().st_size)
                 return spool.commit(study_uid)
         except OSError as error:
@@ -203,7 +205,9 @@ def _look_at(path: Path, tags: Sequence[BaseTag]) -> _Entry | Skipped:
     """The header of a file, or why it is not used."""
     try:
         if not _has_prefix(path):
-            return Skipped(path, "not DICOM: no DICM at byte 128", is_dicom=False)
+            # A file that is named like an instance and has lost its beginning must not be passed over.
+            named_so = path.suffix.lower() in _DICOM_SUFFIXES
+            return Skipped(path, "not DICOM: no DICM at byte 128", is_dicom=named_so)
         header = pydicom.dcmread(path, stop_before_pixels=True, specific_tags=list(tags))
         if header.file_meta.get("MediaStorageSOPClassUID") == _MEDIA_DIRECTORY:
             return Skipped(path, "a DICOMDIR, not an instance", is_dicom=False)

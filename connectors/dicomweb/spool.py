@@ -15,6 +15,7 @@ from typing import Self
 from connectors.errors import ConnectorError, Permanent, Retryable
 
 ABANDONED_AFTER_S = 24 * 3600
+_MAX_ORIGIN = 150
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -57,8 +58,13 @@ class Spool:
         self._on_instance = on_instance
         self._partial = ""
         self._file: FileIO | None = None
-        self.instances = 0
+        self._names: list[str] = []
         self.bytes_received = 0
+
+    @property
+    def instances(self) -> int:
+        """How many instances were begun."""
+        return len(self._names)
 
     def __enter__(self) -> Self:
         self._into.parent.mkdir(parents=True, exist_ok=True)
@@ -84,10 +90,12 @@ class Spool:
                 if time.time() - old.stat().st_mtime > ABANDONED_AFTER_S:
                     shutil.rmtree(old, ignore_errors=True)
 
-    def next_path(self) -> str:
-        """The path of the next instance, in the partial folder."""
-        self.instances += 1
-        return f"{self._partial}{os.sep}{self.instances:06d}.dcm"
+    def next_path(self, origin: str = "") -> str:
+        """The path of the next instance, in the partial folder. `origin` becomes part of the name, so that whoever
+        finds something wrong with the instance can say which file it was."""
+        mark = f"-{origin.removesuffix('.dcm')[-_MAX_ORIGIN:]}" if origin else ""
+        self._names.append(f"{self.instances + 1:06d}{mark}.dcm")
+        return f"{self._partial}{os.sep}{self._names[-1]}"
 
     def _close(self) -> None:
         if self._file:
@@ -126,9 +134,8 @@ class Spool:
         """Gives the whole study its final name. A study without instances is refused."""
         if not self.instances:
             raise Permanent(f"{self._where}: the study has no instances to retrieve.")
-        names = [f"{number:06d}.dcm" for number in range(1, self.instances + 1)]
         self._take_place()
-        files = tuple(self._into / name for name in names)
+        files = tuple(self._into / name for name in self._names)
         return FetchedStudy(study_uid, self._into, files, self.bytes_received)
 
     def _take_place(self) -> None:

@@ -22,7 +22,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Self
 
-import hl7  # type: ignore[import-untyped]
+import hl7
 import uvicorn
 from fastapi import FastAPI
 

@@ -9,16 +9,16 @@ from middleware import telemetry
 from middleware.store.queries import Store
 from middleware.store.tables import StudyEvent, StudyJob
 
-ENDED_WITHOUT_RESULT = frozenset({"unmatched", "unusable", "failed", "held", "quarantined"})
-"""Ends after which a new event reads the study again."""
+ENDED = frozenset({"released", "unmatched", "unusable", "failed", "held", "quarantined"})
+"""States of a job whose run is over; a new event starts another run."""
 
 
 def accept_study(store: Store, study_uid: str, *, source: str, key: str, now: datetime) -> tuple[StudyJob, bool]:
     """Remember, durably, that a study is to be read; its job, and whether this event is new.
 
-    `key` is the source's own name of the event: the same key again changes nothing. A new event of a study whose
-    reading ended without a result starts another run of it; one whose reading goes on or is released does not.
-    Raises ValueError for what is not a DICOM UID.
+    `key` is the source's own name of the event: the same key again changes nothing. A new event of a study that
+    was read before reads it again (other findings become a new revision, the same ones change nothing); one of a
+    study that is being read adds nothing. Raises ValueError for what is not a DICOM UID.
     """
     if not UID(study_uid).is_valid:
         raise ValueError("study_instance_uid is not a DICOM UID: digits and dots, 64 characters at most")
@@ -31,13 +31,18 @@ def accept_study(store: Store, study_uid: str, *, source: str, key: str, now: da
         received_at=now,
     )
     job, is_new = store.accept_event(event)
-    if is_new and job.state in ENDED_WITHOUT_RESULT:
-        run = int(job.facts.get("run", 1)) + 1
-        store.update_job(job.job_id, now, state="accepted", reasons=(), facts={"run": run})
+    if is_new and job.state in ENDED:
+        run = {"run": int(job.facts.get("run", 1)) + 1, "run_started_at": now.isoformat()}
+        store.update_job(job.job_id, now, state="accepted", reasons=(), facts=run)
         job = store.job(job.job_id)
     telemetry.EVENTS.labels(source, "new" if is_new else "repeated").inc()
     telemetry.log("event", source=source, kind=event.kind, job_id=job.job_id, state=job.state)
     return job, is_new
+
+
+def run_started_at(job: StudyJob) -> datetime:
+    """When the current run of the job was accepted; a result of this run is dated so."""
+    return datetime.fromisoformat(job.facts["run_started_at"]) if "run_started_at" in job.facts else job.created_at
 
 
 def workflow_id(job: StudyJob) -> str:

@@ -182,8 +182,9 @@ def _judge_oru(name: str, data: bytes, datasets: dict[str, Dataset]) -> list[str
     hl7apy needs milliseconds for each segment, so that of narrative lines that are alike but for their number
     and their words, it sees the first and the longest.
     """
-    words = [f"segment ends with {end!r} instead of CR" for end in ("\n",) if end in data.decode("utf-8")]
-    thinned = _thin(data.decode("utf-8").split("\r"))
+    text = data.decode("utf-8")
+    words = [f"holds U+{ord(c):04X}, which ends or frames messages" for c in "\n\x0b\x1c" if c in text]
+    thinned = _thin(text.split("\r"))
     message = parse_message("\r".join(thinned), validation_level=VALIDATION_LEVEL.STRICT, find_groups=True)
     if message.version != "2.5.1":
         words.append(f"is version {message.version}, not 2.5.1")

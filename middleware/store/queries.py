@@ -109,6 +109,7 @@ class Store:
         state: str | None = None,
         protocol: str | None = None,
         reasons: Sequence[str] | None = None,
+        revision: int | None = None,
         facts: dict[str, Any] | None = None,
     ) -> None:
         """Change what is given; `facts` are merged into those there."""
@@ -121,6 +122,8 @@ class Store:
                 job.protocol = protocol
             if reasons is not None:
                 job.reasons = list(reasons)
+            if revision is not None:
+                job.revision = revision
             if facts is not None:
                 job.facts = {**job.facts, **facts}
             session.add(job)
@@ -135,20 +138,28 @@ class Store:
                 session.merge(record)
             session.commit()
 
-    def artifacts(self, job_id: str) -> list[ArtifactRecord]:
-        """The artifacts of a job, by name."""
+    def artifacts(self, job_id: str, revision: int) -> list[ArtifactRecord]:
+        """The artifacts of one revision of a job, in the order in which a destination gets them."""
         with self._session() as session:
-            query = select(ArtifactRecord).where(ArtifactRecord.job_id == job_id)
-            return list(session.exec(query.order_by(col(ArtifactRecord.name))))
+            query = select(ArtifactRecord).where(ArtifactRecord.job_id == job_id, ArtifactRecord.revision == revision)
+            return list(session.exec(query.order_by(col(ArtifactRecord.artifact_id))))
 
     # Deliveries
 
-    def plan_deliveries(self, deliveries: Sequence[Delivery]) -> None:
-        """Remember deliveries that are not known yet; known ones keep their state."""
+    def plan_deliveries(self, job_id: str, revision: int, deliveries: Sequence[Delivery], now: datetime) -> None:
+        """Remember the deliveries of a revision: new ones are pending, dead ones of the same revision get another
+        chance, and what is still on its way of an earlier revision is dead, since a newer result goes instead."""
         with self._session() as session:
             for delivery in deliveries:
-                if session.get(Delivery, delivery.delivery_id) is None:
+                known = session.get(Delivery, delivery.delivery_id)
+                if known is None:
                     session.add(delivery)
+                elif known.state == "dead":
+                    known.state, known.reason, known.updated_at = "pending", "", now
+            older = select(Delivery).where(Delivery.job_id == job_id, col(Delivery.revision) < revision)
+            for delivery in session.exec(older.where(col(Delivery.state).in_(OPEN_DELIVERY_STATES))):
+                delivery.state, delivery.reason = "dead", f"superseded by revision {revision}"
+                delivery.updated_at = now
             session.commit()
 
     def delivery(self, delivery_id: str) -> Delivery:
