@@ -10,8 +10,9 @@ from fastapi import FastAPI
 
 from middleware import telemetry
 from middleware.api import events, health
+from middleware.api.limits import BodyLimit
 from middleware.bootstrap import READING_QUEUE, Overrides, open_systems, run_workflows
-from middleware.intake.inbox import workflow_id
+from middleware.intake.inbox import accept_study, workflow_id
 from middleware.settings import Settings
 from middleware.store.tables import StudyJob
 from middleware.systems import Systems
@@ -26,7 +27,11 @@ async def start_reading(job: StudyJob) -> None:
 
 
 async def sweep(systems: Systems) -> int:
-    """Queue every job that was accepted but whose workflow was not, because the process died between the two."""
+    """Queue every job that was accepted but whose workflow was not, because the process died between the two; and
+    read again what failed because a system was not there for too long, now that the site starts us anew."""
+    for job in systems.store.jobs_in_state("failed"):
+        key = workflow_id(job)
+        accept_study(systems.store, job.study_instance_uid, source="restart", key=key, now=systems.now())
     jobs = systems.store.jobs_in_state("accepted")
     for job in jobs:
         await start_reading(job)
@@ -49,6 +54,7 @@ def create_app(settings: Settings) -> FastAPI:
         summary="Brings imaging AI into the clinic and its results back out.",
         lifespan=lifespan,
     )
+    app.add_middleware(BodyLimit)
     app.include_router(events.router)
     app.include_router(health.router)
     return app

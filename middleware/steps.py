@@ -18,6 +18,7 @@ from pydantic import TypeAdapter
 
 from connectors.errors import Ambiguous, Permanent, Retryable
 from mappings.inputs.fhir_to_context import fhir_to_context, latest_psa
+from mappings.inputs.fhir_to_labs import LABS, LOINC
 from mappings.model.context import ClinicalContext
 from mappings.model.findings import Findings, ModelIdentity, RoleChoice
 from mappings.model.protocol import Protocol
@@ -250,7 +251,8 @@ async def _search_all(source: ContextSource, study: Study) -> list[dict[str, Any
 
 
 _ABOUT_A_PATIENT: tuple[tuple[str, dict[str, str]], ...] = (
-    ("Observation", {"category": "laboratory", "_sort": "-date"}),
+    # By code, since not every EHR states a category; the newest come first, so a limit cuts off the oldest.
+    ("Observation", {"code": ",".join(f"{LOINC}|{code}" for code in LABS), "_sort": "-date"}),
     ("Condition", {}),
     ("AllergyIntolerance", {}),
     ("DiagnosticReport", {"_sort": "-date"}),

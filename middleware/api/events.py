@@ -5,6 +5,7 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, HTTPException, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
+from sqlalchemy.exc import SQLAlchemyError
 
 from middleware.intake.inbox import accept_study
 from middleware.store.tables import StudyJob
@@ -55,7 +56,7 @@ async def take_study_event(
         job, is_new = accept_study(
             state.systems.store, event.study_instance_uid, source="http", key=key, now=state.systems.now()
         )
-    except OSError as error:
+    except (OSError, SQLAlchemyError) as error:
         raise HTTPException(503, "the store cannot take the event now; send it again later") from error
     await state.start_reading(job)
     response.status_code = 202 if is_new else 200
