@@ -1,0 +1,48 @@
+"""Checks the words of an impression, whichever rendering carries them."""
+
+from mappings.model.findings import Findings
+from mappings.outputs.read_facts import find_slips, lesion_pieces, prose, read_status, squeeze
+
+
+def check_impression(artifact: str, words: str, findings: Findings) -> list[str]:
+    """What the impression says wrongly of status, categories, each lesion, blanks and model."""
+    text = squeeze(words)
+    starts = sorted(_find_starts(text, findings))
+    ends = [*(start for start, _ in starts[1:]), len(text)]
+    parts = {name: text[start:end] for (start, name), end in zip(starts, ends, strict=True)}
+    banner = text[: starts[0][0]] if starts else text
+    slips = _check_top(banner, findings)
+    for lesion in findings.lesions:
+        required, allowed = lesion_pieces(lesion)
+        chunk = parts.get(lesion.tracking_id)
+        said = ["expected a sentence, found none"] if chunk is None else find_slips(chunk, required, allowed)
+        slips += [f"{lesion.tracking_id}: impression: {slip}" for slip in said]
+    slips += _check_bottom(text, findings)
+    return [f"{artifact}: {slip}" for slip in slips]
+
+
+def _find_starts(text: str, findings: Findings) -> list[tuple[int, str]]:
+    """Where each lesion's sentence begins, and what comes after the lesions."""
+    marks = [(squeeze(f"{lesion.title}:"), lesion.tracking_id) for lesion in findings.lesions]
+    marks += [("Nolesionwasproposed", "none"), ("Leftblank:", "blanks"), ("Model:", "model")]
+    return [(text.index(mark), name) for mark, name in marks if mark in text]
+
+
+def _check_top(banner: str, findings: Findings) -> list[str]:
+    status = read_status(banner)
+    slips = [] if status == findings.status else [f"impression: status: expected '{findings.status}', found '{status}'"]
+    overall = [f"{a.label}: {a.score}." for a in findings.assessments]
+    return slips + [f"study: impression: {slip}" for slip in find_slips(banner, overall)]
+
+
+def _check_bottom(text: str, findings: Findings) -> list[str]:
+    """The blanks with their reasons, the model, and that "no lesion" is said when there is none."""
+    model = findings.model
+    wanted = [f"Left blank: {blank.name} ({blank.reason})." for blank in findings.blanks]
+    wanted.append(f"Model: {model.name} {model.version}, {model.manufacturer}.")
+    slips = [f"impression: expected '{prose(w).shown}', which was not found" for w in wanted if squeeze(w) not in text]
+    if text.count("Leftblank:") != len(findings.blanks):
+        slips.append(f"impression: blanks: expected {len(findings.blanks)}, found {text.count('Leftblank:')}")
+    if ("Nolesionwasproposed" in text) != (not findings.lesions):
+        slips.append(f"impression: lesions: expected {len(findings.lesions)}, found another statement")
+    return slips
