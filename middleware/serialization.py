@@ -23,8 +23,8 @@ class JsonSerializer(Serializer):
         return "wetread_json"
 
     def serialize(self, data: Any) -> str:
-        """JSON text; ValueError over `MAX_STEP_OUTPUT_BYTES`, TypeError for what JSON cannot hold."""
-        text = json.dumps(data, default=_encode_error, separators=(",", ":"))
+        """JSON text; ValueError over `MAX_STEP_OUTPUT_BYTES` or for NaN, TypeError for what JSON cannot hold."""
+        text = json.dumps(data, default=_encode_error, separators=(",", ":"), allow_nan=False)
         if len(text) > MAX_STEP_OUTPUT_BYTES:
             raise ValueError(
                 f"a step's output of {len(text)} bytes is over {MAX_STEP_OUTPUT_BYTES}; store it by digest"

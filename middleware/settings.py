@@ -4,14 +4,16 @@ A nested value is set from the environment with a double underscore: `WETREAD_PA
 over the file. Secrets belong in the environment or in files named by `*_file` settings, never in the YAML.
 """
 
+import difflib
 import os
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 from zoneinfo import ZoneInfo
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, YamlConfigSettingsSource
+from pydantic_settings import SettingsError as UnreadableVariable
 
 from connectors.dicomweb.config import DicomwebConfig
 from connectors.fhir.config import FhirConfig
@@ -27,6 +29,19 @@ class FolderPacs(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     folder: Path = Field(description="Folder that holds the images and takes the results.")
+
+
+_SERVER, _FOLDER = "dicomweb-server", "image-folder"
+
+
+def _pacs_kind(value: Any) -> str:
+    """Which of the two kinds of PACS is meant, so that only its own errors are shown."""
+    return _FOLDER if isinstance(value, FolderPacs) or (isinstance(value, dict) and "folder" in value) else _SERVER
+
+
+PacsSettings = Annotated[
+    Annotated[DicomwebConfig, Tag(_SERVER)] | Annotated[FolderPacs, Tag(_FOLDER)], Discriminator(_pacs_kind)
+]
 
 
 class EhrSettings(FhirConfig):
@@ -93,7 +108,9 @@ class Settings(BaseSettings):
     )
 
     data_dir: Path = Field(default=Path("wetread-data"), description="Databases, spool and artifacts live here.")
-    database_url: str = Field(default="", description="postgresql://...; empty: SQLite files in data_dir.")
+    database_url: str = Field(
+        default="", repr=False, description="postgresql://... (may hold a password); empty: SQLite files in data_dir."
+    )
     artifacts_url: str = Field(default="", description="fsspec URL of the artifact store; empty: a folder in data_dir.")
     protocols_dir: Path | None = Field(default=None, description="Folder of the site's protocols, instead of ours.")
     executor_id: str = Field(default="", description="Stable, unique name of this process; empty: the host's name.")
@@ -101,7 +118,7 @@ class Settings(BaseSettings):
     site: SiteSettings = SiteSettings()
     api: ApiSettings = ApiSettings()
     retry: RetrySettings = RetrySettings()
-    pacs: DicomwebConfig | FolderPacs | None = None
+    pacs: PacsSettings | None = None
     ehr: EhrSettings | None = None
     ris: RisSettings | None = None
     triton: TritonConfig | None = Field(default=None, description="None: the bundled Triton is started for the run.")
@@ -155,17 +172,53 @@ def load_settings(file: Path | None = None) -> Settings:
     if named and not Path(named).is_file():
         raise SettingsError(f"settings file {named} is not there")
     where = named or str(DEFAULT_FILE)
+    _refuse_misspelt_variables()
+    _refuse_odd_file(Path(where))
     previous = os.environ.get("WETREAD_CONFIG")
     os.environ["WETREAD_CONFIG"] = where
     try:
         return Settings()
     except ValidationError as error:
-        lines = [f"{where} or WETREAD_*: {'.'.join(str(p) for p in e['loc'])}: {e['msg']}" for e in error.errors()]
-        raise SettingsError("\n".join(dict.fromkeys(lines))) from error
-    except yaml.YAMLError as error:
-        raise SettingsError(f"{where}: not valid YAML: {error}") from error
+        lines = [f"{where} or WETREAD_*: {_explain(e['loc'], e['type'], e['msg'])}" for e in error.errors()]
+        # Without the cause: pydantic's own text quotes the values, and a value may be a secret.
+        raise SettingsError("\n".join(dict.fromkeys(lines))) from None
+    except UnreadableVariable as error:
+        raise SettingsError(f"WETREAD_*: {error}; it must be JSON") from None
     finally:
         if previous is None:
             del os.environ["WETREAD_CONFIG"]
         else:
             os.environ["WETREAD_CONFIG"] = previous
+
+
+def _explain(place: tuple[int | str, ...], kind: str, message: str) -> str:
+    words = "there is no such setting" if kind == "extra_forbidden" else message.removeprefix("Value error, ")
+    return f"{'.'.join(str(p) for p in place if p not in (_SERVER, _FOLDER))}: {words}"
+
+
+def _refuse_misspelt_variables() -> None:
+    """Raise SettingsError for a variable that is nearly a setting. Other WETREAD_* variables are let be:
+    Kubernetes adds its own for a service of this name."""
+    known = [name.upper() for name in Settings.model_fields]
+    for variable in sorted(os.environ):
+        name = variable.upper().removeprefix("WETREAD_").partition("__")[0]
+        if not variable.upper().startswith("WETREAD_") or name in known:
+            continue
+        if near := difflib.get_close_matches(name, known, n=1, cutoff=0.8):
+            raise SettingsError(f"{variable}: there is no such setting; did you mean WETREAD_{near[0]}?")
+
+
+def _refuse_odd_file(file: Path) -> None:
+    """Raise SettingsError unless the file, where there is one, is YAML that maps names to values."""
+    if not file.is_file():
+        return
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = mark.line + 1 if mark else 1
+        raise SettingsError(f"{file}:{line}: not valid YAML: {error.problem or error.context}") from None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise SettingsError(f"{file}: cannot be read as YAML ({type(error).__name__})") from None
+    if values is not None and not (isinstance(values, dict) and all(isinstance(key, str) for key in values)):
+        raise SettingsError(f"{file}:1: must be a mapping of settings, such as `data_dir: /var/lib/wetread`")

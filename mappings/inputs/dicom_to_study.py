@@ -1,6 +1,7 @@
 """DICOM headers to the `Study` noun: what is there, and what is wrong with it."""
 
 import re
+import struct
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from datetime import date, datetime
@@ -8,11 +9,9 @@ from typing import Any
 
 from pydicom.dataset import Dataset
 from pydicom.multival import MultiValue
+from pydicom.sequence import Sequence as DicomSequence
 
 from mappings.model.study import InputProblem, Instance, PatientIdentity, Series, Study
-
-NON_IMAGE_MODALITIES = {"SEG", "SR", "PR", "KO", "DOC", "RTSTRUCT", "REG", "AU"}
-"""Objects about images (our own earlier results among them); they are kept out of geometry and roles."""
 
 _SIEMENS_B_VALUE = (0x0019, 0x100C)
 _SIEMENS_CREATOR = (0x0019, 0x0010)
@@ -25,14 +24,15 @@ _GE_B_VALUE_OFFSET = 1_000_000_000
 def datasets_to_study(headers: Iterable[tuple[str, Dataset]]) -> Study:
     """The study that `headers` (pairs of spool file name and dataset, pixel data not needed) describe.
 
-    One SOP instance that occurs several times is kept once and named as a problem, as is an instance of
-    another study or of another patient; both are left out. The patient and study of most instances are taken.
+    The patient and study of most instances are taken. An instance of another study, and the second copy of one
+    SOP instance, are named as a problem and left out; another patient's instance is named and stays in its series,
+    where the geometry check names it too. An element that cannot be read counts as not stated.
     Raises ValueError where there is no DICOM instance at all.
     """
     pairs = list(headers)
     if not pairs:
         raise ValueError("no DICOM instances")
-    study_uid = _most_common(str(ds.get("StudyInstanceUID", "")) for _, ds in pairs)
+    study_uid = _most_common(_text(ds, "StudyInstanceUID") for _, ds in pairs)
     problems: list[InputProblem] = []
     members = _drop_foreign_studies(pairs, study_uid, problems)
     members = _drop_repeats(members, problems)
@@ -40,7 +40,7 @@ def datasets_to_study(headers: Iterable[tuple[str, Dataset]]) -> Study:
     for file, ds in members:
         if _text(ds, "PatientID") != patient_id:
             problems.append(
-                InputProblem("other-patient", str(ds.get("SOPInstanceUID", file)), f"{file} belongs to another patient")
+                InputProblem("other-patient", _text(ds, "SOPInstanceUID") or file, f"{file} belongs to another patient")
             )
     problems.extend(_identity_conflicts(members, patient_id))
     first = next(ds for _, ds in members if _text(ds, "PatientID") == patient_id)
@@ -66,7 +66,7 @@ def _drop_foreign_studies(
 ) -> list[tuple[str, Dataset]]:
     members = []
     for file, ds in pairs:
-        if str(ds.get("StudyInstanceUID", "")) == study_uid:
+        if _text(ds, "StudyInstanceUID") == study_uid:
             members.append((file, ds))
         else:
             problems.append(InputProblem("other-study", file, f"{file} belongs to another study"))
@@ -76,7 +76,7 @@ def _drop_foreign_studies(
 def _drop_repeats(pairs: Sequence[tuple[str, Dataset]], problems: list[InputProblem]) -> list[tuple[str, Dataset]]:
     kept: dict[str, tuple[str, Dataset]] = {}
     for file, ds in pairs:
-        uid = str(ds.get("SOPInstanceUID", "")) or file
+        uid = _text(ds, "SOPInstanceUID") or file
         if uid in kept:
             problems.append(
                 InputProblem("repeated-instance", uid, f"{file} repeats SOP Instance UID {uid} of {kept[uid][0]}")
@@ -87,9 +87,10 @@ def _drop_repeats(pairs: Sequence[tuple[str, Dataset]], problems: list[InputProb
 
 
 def _identity_conflicts(members: Sequence[tuple[str, Dataset]], patient_id: str) -> list[InputProblem]:
-    """Birth date and sex must not differ within one patient id, nor accession numbers within one study."""
+    """Issuer, birth date and sex must not differ within one patient id, nor accession numbers within one study."""
     problems = []
     for keyword, what in (
+        ("IssuerOfPatientID", "issuers of the patient id"),
         ("PatientBirthDate", "birth dates"),
         ("PatientSex", "sexes"),
         ("AccessionNumber", "accession numbers"),
@@ -113,14 +114,16 @@ def _patient(ds: Dataset) -> PatientIdentity:
 
 
 def _issuer(ds: Dataset, keyword: str) -> str:
-    items = ds.get(keyword) or []
-    return _text(items[0], "UniversalEntityID") or _text(items[0], "LocalNamespaceEntityID") if items else ""
+    item = _safely(lambda: ds[keyword].value[0])
+    if not isinstance(item, Dataset):
+        return ""
+    return _text(item, "UniversalEntityID") or _text(item, "LocalNamespaceEntityID")
 
 
 def _series(members: Sequence[tuple[str, Dataset]]) -> tuple[Series, ...]:
     grouped: dict[str, list[tuple[str, Dataset]]] = defaultdict(list)
     for file, ds in members:
-        grouped[str(ds.get("SeriesInstanceUID", ""))].append((file, ds))
+        grouped[_text(ds, "SeriesInstanceUID")].append((file, ds))
     series = [_one_series(uid, pairs) for uid, pairs in grouped.items()]
     return tuple(sorted(series, key=lambda s: (s.series_number is None, s.series_number or 0, s.series_instance_uid)))
 
@@ -155,8 +158,8 @@ def _instance(file: str, ds: Dataset) -> Instance:
     orientation = _numbers(ds, "ImageOrientationPatient", 6)
     spacing = _numbers(ds, "PixelSpacing", 2)
     return Instance(
-        sop_instance_uid=str(ds.get("SOPInstanceUID", "")),
-        sop_class_uid=str(ds.get("SOPClassUID", "")),
+        sop_instance_uid=_text(ds, "SOPInstanceUID"),
+        sop_class_uid=_text(ds, "SOPClassUID"),
         file=file,
         patient_id=_text(ds, "PatientID"),
         frame_of_reference_uid=_text(ds, "FrameOfReferenceUID"),
@@ -189,7 +192,7 @@ def _standard_b_value(ds: Dataset) -> float | None:
 
 
 def _siemens_b_value(ds: Dataset) -> float | None:
-    creator = str(ds[_SIEMENS_CREATOR].value) if _SIEMENS_CREATOR in ds else "SIEMENS"
+    creator = str(_safely(lambda: ds[_SIEMENS_CREATOR].value) or "SIEMENS")
     return _private_number(ds, _SIEMENS_B_VALUE) if "SIEMENS" in creator.upper() else None
 
 
@@ -199,6 +202,10 @@ def _ge_b_value(ds: Dataset) -> float | None:
 
 
 def _philips_b_value(ds: Dataset) -> float | None:
+    """Philips states it as a binary float (FL), which is four bytes where the private dictionary was stripped."""
+    value = _safely(lambda: ds[_PHILIPS_B_VALUE].value)
+    if isinstance(value, bytes) and len(value) == 4:
+        return _to_float(struct.unpack("<f", value)[0])
     return _private_number(ds, _PHILIPS_B_VALUE)
 
 
@@ -209,9 +216,7 @@ def _named_b_value(ds: Dataset) -> float | None:
 
 def _private_number(ds: Dataset, tag: tuple[int, int]) -> float | None:
     """The first number of a private element, which an implicit or stripped dictionary may give as bytes."""
-    if tag not in ds:
-        return None
-    value = ds[tag].value
+    value = _safely(lambda: ds[tag].value)
     if isinstance(value, MultiValue | list | tuple):
         value = value[0] if value else None
     if isinstance(value, bytes):
@@ -228,23 +233,25 @@ def _first_text(members: Sequence[tuple[str, Dataset]], keyword: str) -> str:
 
 
 def _safely(read: Callable[[], Any]) -> Any:
-    """What `read` returns, or None: one unreadable element must not lose the instance."""
+    """What `read` returns, or None: one unreadable element must not lose the instance. pydicom's conversions
+    raise many kinds of error for a broken value."""
     try:
         return read()
-    except (ValueError, TypeError, OverflowError, AttributeError, LookupError):
+    except Exception:
         return None
 
 
 def _text(ds: Dataset, keyword: str) -> str:
+    """The value as text, a backslash between several values as on the wire; empty for what is no text at all."""
     value = _safely(lambda: ds.get(keyword))
-    return "" if value is None else str(value).strip("\0 ")
+    if isinstance(value, MultiValue):
+        return "\\".join(str(part) for part in value).strip("\0 ")
+    return "" if value is None or isinstance(value, DicomSequence | bytes) else str(value).strip("\0 ")
 
 
 def _words(ds: Dataset, keyword: str) -> tuple[str, ...]:
-    value = _safely(lambda: ds.get(keyword))
-    if value is None:
-        return ()
-    return (str(value),) if isinstance(value, str) else tuple(str(word) for word in value)
+    text = _text(ds, keyword)
+    return tuple(word.strip("\0 ") for word in text.split("\\")) if text else ()
 
 
 def _to_float(value: Any) -> float | None:
@@ -269,6 +276,8 @@ def _numbers(ds: Dataset, keyword: str, count: int) -> tuple[float, ...] | None:
 
 
 def parse_date(text: str) -> date | None:
-    """The date of a DICOM DA (YYYYMMDD) or None."""
-    parsed: date | None = _safely(lambda: datetime.strptime(text[:8], "%Y%m%d").date())
+    """The date of a DICOM DA (YYYYMMDD) or None; nothing is read into fewer or other characters."""
+    if not re.fullmatch("[0-9]{8}", text):
+        return None
+    parsed: date | None = _safely(lambda: datetime.strptime(text, "%Y%m%d").date())
     return parsed

@@ -26,6 +26,8 @@ def find_plane(series: Series) -> str:
     if orientation is None:
         return ""
     normal = np.abs(np.cross(orientation[:3], orientation[3:]))
+    if not normal.any():
+        return ""
     return ("sagittal", "coronal", "axial")[int(np.argmax(normal))]
 
 
@@ -36,7 +38,8 @@ def list_b_values(series: Series) -> tuple[float, ...]:
 
 def label_series(series: Series) -> str:
     """The series as people name it: its number and description."""
-    return " ".join(part for part in (str(series.series_number or ""), series.description) if part) or "(unnamed)"
+    number = "" if series.series_number is None else str(series.series_number)
+    return " ".join(part for part in (number, series.description) if part) or "(unnamed)"
 
 
 def _one(value: Scalar | None) -> Value:
@@ -154,7 +157,7 @@ def _choose_one(study: Study, role: Role, taken: Mapping[str, str]) -> RoleChoic
     if not candidates:
         return RoleChoice(role.name, role.title, role.required, None, "", tuple(refusals))
     best, beaten = _prefer(candidates, role.prefer)
-    facts = ", ".join(text for text in (_fact(best, c) for c in role.must) if text)
+    facts = ", ".join(dict.fromkeys(text for text in (_fact(best, c) for c in role.must) if text))
     chosen = f"series {label_series(best)} chosen: {facts}"
     return RoleChoice(
         role.name,

@@ -3,8 +3,9 @@
 Everything here is DICOM patient space (PS3.3 C.7.6.2.1.1): LPS millimetres.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -16,8 +17,12 @@ from mappings.model.study import Geometry, InputProblem, Instance, Series, Volum
 
 _SAME_DIRECTION_COSINE = 1 - 1e-5
 """Two unit vectors this close (0.26 degrees) count as one direction; scanners round direction cosines."""
+_DIRECTION_TOLERANCE = 0.01
+"""How far rounded direction cosines may be from two perpendicular unit vectors."""
 _SAME_POSITION_MM = 0.01
 _SIDEWAYS_TOLERANCE_MM = 0.5
+_FEWEST_SLICES = 2
+"""One slice alone says nothing about the distance to the next, so it makes no volume whatever a policy accepts."""
 
 Placed = tuple[float, Instance]
 """An instance with its position along the slice normal in mm."""
@@ -33,12 +38,14 @@ class SeriesUnusable(ValueError):
 
 @dataclass(frozen=True)
 class Stack:
-    """Instances ordered along the slice normal with the grid they make. `notes` says what was accepted."""
+    """Instances ordered along the slice normal with the grid they make. `notes` says what was accepted;
+    `is_regular`: every slice of the grid has its instance."""
 
     instances: tuple[Instance, ...]
     positions_mm: tuple[float, ...]
     geometry: Geometry
     notes: tuple[str, ...] = ()
+    is_regular: bool = True
 
 
 def series_to_stack(series: Series, policy: GeometryPolicy, *, patient_id: str) -> Stack:
@@ -61,6 +68,7 @@ def series_to_stack(series: Series, policy: GeometryPolicy, *, patient_id: str) 
         positions_mm=tuple(p for p, _ in placed),
         geometry=_grid(placed),
         notes=(*notes, *repeats, *gap_notes),
+        is_regular=not gap_notes,
     )
 
 
@@ -92,30 +100,58 @@ def _foreign(instances: Sequence[Instance], patient_id: str) -> list[InputProble
 
 def _misfits(instances: Sequence[Instance]) -> list[InputProblem]:
     """Instances without a place in space, or with another matrix, spacing, direction or frame of reference
-    than the first."""
-    first = instances[0]
-    problems = []
+    than most of the series."""
+    problems, sound = [], []
     for instance in instances:
         if instance.number_of_frames > 1:
             problems.append(
                 _problem("multi-frame", instance, "is a multi-frame image; only single-frame MR is read so far")
             )
-        elif instance.position_mm is None or instance.orientation is None or instance.pixel_spacing_mm is None:
-            problems.append(_problem("no-geometry", instance, "states no position, orientation or pixel spacing"))
-        elif (message := _unlike(first, instance)) is not None:
+        elif (lack := _lack(instance)) is not None:
+            problems.append(_problem("no-geometry", instance, lack))
+        else:
+            sound.append(instance)
+    usual = _most_usual(sound) if sound else None
+    for instance in sound:
+        if usual is not None and (message := _unlike(usual, instance)) is not None:
             problems.append(_problem("mixed-geometry", instance, message))
     return problems
 
 
-def _unlike(first: Instance, other: Instance) -> str | None:
-    if (other.rows, other.columns) != (first.rows, first.columns):
-        return f"has {other.rows}x{other.columns} pixels where the series has {first.rows}x{first.columns}"
-    if other.frame_of_reference_uid != first.frame_of_reference_uid:
+def _lack(instance: Instance) -> str | None:
+    """What keeps an instance from being placed at all."""
+    if instance.position_mm is None or instance.orientation is None or instance.pixel_spacing_mm is None:
+        return "states no position, orientation or pixel spacing"
+    if not instance.frame_of_reference_uid:
+        return "states no frame of reference"
+    if min(instance.pixel_spacing_mm) <= 0:
+        return "states a pixel spacing that is not positive"
+    axes = np.asarray(instance.orientation, dtype=np.float64).reshape(2, 3)
+    if not np.allclose(axes @ axes.T, np.eye(2), atol=_DIRECTION_TOLERANCE):
+        return "states an orientation that is not two perpendicular unit vectors"
+    return None
+
+
+def _most_usual(instances: Sequence[Instance]) -> Instance:
+    """An instance of the largest group with one geometry, so that a single odd one is named and not the rest."""
+
+    def geometry(i: Instance) -> tuple[object, ...]:
+        rounded = np.round((*(i.pixel_spacing_mm or ()), *(i.orientation or ())), 2)
+        return (i.rows, i.columns, i.frame_of_reference_uid, *rounded)
+
+    (usual, _count), *_ = Counter(map(geometry, instances)).most_common(1)
+    return next(i for i in instances if geometry(i) == usual)
+
+
+def _unlike(usual: Instance, other: Instance) -> str | None:
+    if (other.rows, other.columns) != (usual.rows, usual.columns):
+        return f"has {other.rows}x{other.columns} pixels where the series has {usual.rows}x{usual.columns}"
+    if other.frame_of_reference_uid != usual.frame_of_reference_uid:
         return "has another frame of reference than the rest of the series"
-    if not np.allclose(other.pixel_spacing_mm or (), first.pixel_spacing_mm or (), rtol=1e-3):
+    if not np.allclose(other.pixel_spacing_mm or (), usual.pixel_spacing_mm or (), rtol=1e-3):
         return "has another pixel spacing than the rest of the series"
-    here, there = np.asarray(other.orientation, float), np.asarray(first.orientation, float)
-    if here[:3] @ there[:3] < _SAME_DIRECTION_COSINE or here[3:] @ there[3:] < _SAME_DIRECTION_COSINE:
+    here, there = _axes(other), _axes(usual)
+    if here[0] @ there[0] < _SAME_DIRECTION_COSINE or here[1] @ there[1] < _SAME_DIRECTION_COSINE:
         return "has another orientation than the rest of the series (mixed orientations)"
     return None
 
@@ -124,7 +160,8 @@ def _axes(instance: Instance) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.f
     """Unit vectors of increasing column index, of increasing row index, and of their cross product."""
     values = np.asarray(instance.orientation, dtype=np.float64)
     row, column = values[:3] / np.linalg.norm(values[:3]), values[3:] / np.linalg.norm(values[3:])
-    return row, column, np.cross(row, column)
+    normal = np.cross(row, column)
+    return row, column, normal / np.linalg.norm(normal)
 
 
 def _place(instances: Sequence[Instance]) -> list[Placed]:
@@ -188,18 +225,18 @@ def _sideways(placed: Sequence[Placed]) -> list[InputProblem]:
 
 
 def _too_few(placed: Sequence[Placed], policy: GeometryPolicy) -> list[InputProblem]:
-    if len(placed) >= policy.minimum_slices:
+    fewest = max(policy.minimum_slices, _FEWEST_SLICES)
+    if len(placed) >= fewest:
         return []
-    text = f"only {len(placed)} slice(s); at least {policy.minimum_slices} are needed"
+    text = f"only {len(placed)} slice(s); at least {fewest} are needed"
     return [InputProblem("too-few-slices", placed[0][1].sop_instance_uid, text)]
 
 
 def _grid(placed: Sequence[Placed]) -> Geometry:
     """The regular grid from the first to the last slice at the median spacing."""
     first, positions = placed[0][1], np.array([p for p, _ in placed])
-    spacing = float(np.median(np.diff(positions))) if len(positions) > 1 else 1.0
-    count = round((positions[-1] - positions[0]) / spacing) + 1
-    spacing = (positions[-1] - positions[0]) / (count - 1) if count > 1 else spacing
+    count = round((positions[-1] - positions[0]) / float(np.median(np.diff(positions)))) + 1
+    spacing = (positions[-1] - positions[0]) / (count - 1)
     row, column, normal = _axes(first)
     row_spacing, column_spacing = first.pixel_spacing_mm or (1.0, 1.0)
     matrix = np.eye(4)
@@ -218,7 +255,7 @@ def stack_to_volume(series: Series, stack: Stack, datasets: Mapping[str, Dataset
     """
     slices = np.stack([_decode(i, datasets[i.sop_instance_uid]) for i in stack.instances])
     grid = stack.geometry
-    if grid.shape[0] == len(stack.instances) and not stack.notes:
+    if stack.is_regular:
         uids = tuple(i.sop_instance_uid for i in stack.instances)
         return Volume(slices, grid, series.series_instance_uid, uids, stack.notes)
     wanted = stack.positions_mm[0] + np.arange(grid.shape[0]) * grid.spacing_mm[0]
@@ -228,7 +265,7 @@ def stack_to_volume(series: Series, stack: Stack, datasets: Mapping[str, Dataset
         stack.instances[n].sop_instance_uid if abs(stack.positions_mm[n] - w) < 0.1 else ""
         for n, w in zip(near, wanted, strict=True)
     )
-    return replace(Volume(filled, grid, series.series_instance_uid, uids), notes=stack.notes)
+    return Volume(filled, grid, series.series_instance_uid, uids, stack.notes)
 
 
 def _interpolate(
@@ -248,5 +285,16 @@ def _decode(instance: Instance, dataset: Dataset) -> npt.NDArray[np.float32]:
     if pixels.shape != (instance.rows, instance.columns):
         message = f"pixels are {pixels.shape}, not {(instance.rows, instance.columns)}"
         raise SeriesUnusable([_problem("unreadable-pixels", instance, message)])
-    slope, intercept = float(dataset.get("RescaleSlope") or 1), float(dataset.get("RescaleIntercept") or 0)
+    slope, intercept = _rescale(instance, dataset)
     return pixels.astype(np.float32) * np.float32(slope) + np.float32(intercept)
+
+
+def _rescale(instance: Instance, dataset: Dataset) -> tuple[float, float]:
+    """Slope and intercept of the modality values; 1 and 0 where they are not stated."""
+    try:
+        slope, intercept = float(dataset.get("RescaleSlope") or 1), float(dataset.get("RescaleIntercept") or 0)
+    except (TypeError, ValueError) as error:
+        raise SeriesUnusable([_problem("unreadable-pixels", instance, "its rescale values are no numbers")]) from error
+    if not np.isfinite([slope, intercept]).all():
+        raise SeriesUnusable([_problem("unreadable-pixels", instance, "its rescale values are not finite")])
+    return slope, intercept

@@ -1,6 +1,6 @@
 """The model's answer to `Findings`: every measurement, place and category of one study.
 
-`answer_problems` first proves that the answer can be read at all; a wrong answer is refused, never repaired.
+`check_answer` first proves that the answer can be read at all; a wrong answer is refused, never repaired.
 """
 
 from collections.abc import Mapping, Sequence
@@ -91,6 +91,8 @@ def check_answer(answer: Answer, shape: tuple[int, int, int]) -> None:
     if answer["lesions"].shape != shape:
         raise AnswerUnusable(f"lesions has shape {answer['lesions'].shape}, not {shape}")
     scores = answer["scores"]
+    if scores.ndim != 2 or scores.shape[1] != 4:
+        raise AnswerUnusable(f"scores has shape {scores.shape}, not (n, 4)")
     labels = np.unique(answer["lesions"])
     labels = labels[labels > 0]
     if len(labels) != len(scores) or (len(labels) and int(labels.max()) != len(scores)):
@@ -194,6 +196,9 @@ def _psa_density(reading: Reading, volumes_ml: Mapping[str, float], blanks: list
         return []
     kind = reading.protocol.measure.psa.volume
     method = codes.ELLIPSOID if kind == "ellipsoid" else codes.SEGMENTED_VOXELS
+    if not volumes_ml[kind]:
+        blanks.append(Blank("PSA density", "the gland that the model drew has no volume to divide by"))
+        return []
     value = reading.psa.value / volumes_ml[kind]
     label = f"PSA density (volume by {'ellipsoid' if kind == 'ellipsoid' else 'voxel count'})"
     return [Measurement("psa_density", label, codes.PSA_DENSITY, value, codes.NG_ML_ML, 2, method)]
@@ -209,7 +214,7 @@ def _lesion(label: int, answer: Answer, reading: Reading, blanks: list[Blank]) -
         blanks.append(Blank(f"{tracking_id} side, level and sector", "no gland to place it in"))
     measurements = _lesion_measurements(mask, reading, blanks, tracking_id)
     assessment = _assess(answer["scores"][label - 1], zone, blanks, tracking_id)
-    diameter = next(m.value for m in measurements if m.key == "diameter_in_plane")
+    diameter = next(_round(m).value for m in measurements if m.key == "diameter_in_plane")
     notes.extend(n for n in (pirads_v2_1.size_note(assessment.score, diameter),) if n)
     if gland.any() and not (mask & gland).any():
         notes.append("Lies outside the gland that the model drew. Please check.")

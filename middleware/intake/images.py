@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pydicom
+from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
-from pydicom.errors import InvalidDicomError
+from pydicom.pixels.utils import get_expected_length
 from pydicom.uid import UID
 
 from mappings.inputs.dicom_to_study import datasets_to_study
@@ -38,7 +39,7 @@ def read_study(folder: Path) -> Study:
     for file in sorted(p for p in folder.iterdir() if p.is_file()):
         try:
             headers.append((file.name, _read_header(file)))
-        except (InvalidDicomError, EOFError, OSError, ValueError, KeyError, AttributeError, NotImplementedError) as e:
+        except Exception as e:  # whatever a broken file makes pydicom raise, it is this file that is broken
             damaged.append(f"{file.name}: cannot be read as DICOM, or is cut short ({type(e).__name__}: {e})")
     if damaged:
         raise Stopped("unusable", shorten_list(damaged))
@@ -56,8 +57,9 @@ def _read_header(file: Path) -> Dataset:
     if not dataset.get("SOPInstanceUID") or not dataset.get("StudyInstanceUID"):
         raise ValueError("states no SOP Instance UID or Study Instance UID")
     syntax = UID(dataset.file_meta.get("TransferSyntaxUID", "1.2.840.10008.1.2"))
+    _refuse_cut_short(dataset)
     if "PixelData" in dataset and not syntax.is_compressed:
-        length, expected = len(dataset.PixelData or b""), _expected_bytes(dataset)
+        length, expected = len(dataset.PixelData or b""), get_expected_length(dataset)
         if length < expected:
             raise ValueError(f"pixel data holds {length} bytes, its matrix needs {expected}")
     for keyword in _PIXEL_DATA:
@@ -66,10 +68,15 @@ def _read_header(file: Path) -> Dataset:
     return dataset
 
 
-def _expected_bytes(dataset: Dataset) -> int:
-    frames = int(dataset.get("NumberOfFrames") or 1)
-    samples, bits = int(dataset.get("SamplesPerPixel") or 1), int(dataset.get("BitsAllocated") or 0)
-    return int(dataset.get("Rows") or 0) * int(dataset.get("Columns") or 0) * frames * samples * bits // 8
+def _refuse_cut_short(dataset: Dataset) -> None:
+    """Raise ValueError for a file that ends inside an element, or before the pixels of an image. pydicom reads
+    both without a word."""
+    last = dataset.get_item(max(dataset.keys()))
+    if isinstance(last, RawDataElement) and last.length != 0xFFFFFFFF and len(last.value or b"") < last.length:
+        raise ValueError(f"ends inside element {last.tag}")
+    kind = UID(dataset.get("SOPClassUID") or dataset.file_meta.get("MediaStorageSOPClassUID") or "")
+    if kind.name.endswith("Image Storage") and not any(keyword in dataset for keyword in _PIXEL_DATA):
+        raise ValueError(f"is a {kind.name.removesuffix(' Storage')} without pixel data")
 
 
 def check_roles(study: Study, protocol: Protocol, roles: Sequence[RoleChoice]) -> None:

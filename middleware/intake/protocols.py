@@ -17,6 +17,9 @@ from middleware.errors import SettingsError
 
 BUNDLED = Path(__file__).resolve().parents[2] / "mappings" / "protocols"
 RULES = frozenset({pirads_v2_1.RULE})
+MODEL_OUTPUTS = ("gland", "zones", "lesions", "scores")
+"""The tensors that findings are made of (mappings/reading/tensors_to_findings.py)."""
+SPACING_SHAPE = (3,)
 ARTIFACT_KINDS = {
     "pacs": frozenset({"seg", "sr", "key_images"}),
     "ehr": frozenset({"fhir_bundle"}),
@@ -55,11 +58,16 @@ def load_protocol(file: Path) -> LoadedProtocol:
         text = file.read_text(encoding="utf-8")
         tree = yaml.compose(text)
         values = yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = mark.line + 1 if mark else 1
+        raise SettingsError(f"{file}:{line}: cannot be read as YAML: {error.problem or error.context}") from error
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise SettingsError(f"{file}: cannot be read as YAML: {error}") from error
     if not isinstance(values, dict):
-        raise SettingsError(f"{file}: must be a mapping of settings, not a {type(values).__name__}")
-    problems = [*_unknown_keys(values, Protocol, ()), *_shape_problems(values)]
+        what = "is empty" if values is None else f"is a {type(values).__name__}"
+        raise SettingsError(f"{file}:1: must be a mapping of settings, but {what}")
+    problems = [*_repeated_keys(tree, ()), *_unknown_keys(values, Protocol, ()), *_shape_problems(values)]
     if not problems:
         protocol = _ADAPTER.validate_python(values)
         problems = list(_meaning_problems(protocol))
@@ -80,7 +88,22 @@ def _shape_problems(values: Any) -> Iterator[Problem]:
     except ValidationError as error:
         for each in error.errors():
             place = tuple(p for p in each["loc"] if not (isinstance(p, str) and p.startswith(("tuple", "function"))))
-            yield place, f"{'.'.join(map(str, place))}: {each['msg']}"
+            message = "must be a list" if each["type"] == "tuple_type" else each["msg"]
+            yield place, f"{'.'.join(map(str, place))}: {message}"
+
+
+def _repeated_keys(node: Any, place: Place) -> Iterator[Problem]:
+    """Keys that one mapping has twice: YAML keeps the last one without a word."""
+    if isinstance(node, yaml.MappingNode):
+        seen: set[str] = set()
+        for key, value in node.value:
+            if key.value in seen:
+                yield (*place, key.value), f"{'.'.join(map(str, (*place, key.value)))}: is there twice"
+            seen.add(key.value)
+            yield from _repeated_keys(value, (*place, key.value))
+    elif isinstance(node, yaml.SequenceNode):
+        for index, value in enumerate(node.value):
+            yield from _repeated_keys(value, (*place, index))
 
 
 def _unknown_keys(values: Any, kind: Any, place: Place) -> Iterator[Problem]:
@@ -114,10 +137,14 @@ def _resolved(schema: dict[str, Any], definitions: dict[str, Any]) -> dict[str, 
 
 def _meaning_problems(protocol: Protocol) -> Iterator[Problem]:
     """What the types cannot say: names that must exist, patterns that must compile."""
+    if not protocol.match:
+        yield ("match",), "match is empty: the protocol would read every study"
     for index, condition in enumerate(protocol.match):
         yield from _condition_problems(condition, STUDY_ATTRIBUTES, ("match", index))
     names = [role.name for role in protocol.roles]
     for index, role in enumerate(protocol.roles):
+        if not role.must:
+            yield ("roles", index, "must"), f"role {role.name} must have a condition: any series would do"
         for number, condition in enumerate(role.must):
             yield from _condition_problems(condition, SERIES_ATTRIBUTES, ("roles", index, "must", number))
         for number, preference in enumerate(role.prefer):
@@ -133,6 +160,11 @@ def _reference_problems(protocol: Protocol, names: list[str]) -> Iterator[Proble
     for index, tensor in enumerate(protocol.model.inputs):
         if tensor.role and tensor.role not in names:
             yield ("model", "inputs", index, "role"), f"role '{tensor.role}' is not among {', '.join(names)}"
+        if not tensor.role and tensor.shape != SPACING_SHAPE:
+            yield ("model", "inputs", index), f"input {tensor.name} has no role, so it is the spacing, of shape [3]"
+    outputs = sorted(tensor.name for tensor in protocol.model.outputs)
+    if outputs != sorted(MODEL_OUTPUTS):
+        yield ("model", "outputs"), f"outputs are {', '.join(outputs)}; they must be {', '.join(MODEL_OUTPUTS)}"
     for key in ("reference_role", "adc_role"):
         if getattr(protocol.measure, key) not in names:
             yield ("measure", key), f"role '{getattr(protocol.measure, key)}' is not among {', '.join(names)}"
@@ -157,6 +189,10 @@ def _condition_problems(condition: Condition, attributes: Any, place: Place) -> 
     if condition.any is not None:
         if condition.attribute:
             yield place, "a condition has either an attribute or 'any', not both"
+        if not condition.any:
+            yield (*place, "any"), "'any' is empty, so the condition never holds"
+        if set(condition.say) & set("{}"):
+            yield (*place, "say"), "may hold no braces: 'any' looks at several values"
         for index, each in enumerate(condition.any):
             yield from _condition_problems(each, attributes, (*place, "any", index))
         return
