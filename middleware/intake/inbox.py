@@ -20,6 +20,7 @@ def accept_study(store: Store, study_uid: str, *, source: str, key: str, now: da
     was read before reads it again (other findings become a new revision, the same ones change nothing); one of a
     study that is being read adds nothing. Raises ValueError for what is not a DICOM UID.
     """
+    study_uid = study_uid.strip()  # or the same study would look like another
     if not UID(study_uid).is_valid:
         raise ValueError("study_instance_uid is not a DICOM UID: digits and dots, 64 characters at most")
     event = StudyEvent(
@@ -30,11 +31,7 @@ def accept_study(store: Store, study_uid: str, *, source: str, key: str, now: da
         job_id=str(derive_uuid("job", study_uid)),
         received_at=now,
     )
-    job, is_new = store.accept_event(event)
-    if is_new and job.state in ENDED:
-        run = {"run": int(job.facts.get("run", 1)) + 1, "run_started_at": now.isoformat()}
-        store.update_job(job.job_id, now, state="accepted", reasons=(), facts=run)
-        job = store.job(job.job_id)
+    job, is_new = store.accept_event(event, ended=ENDED)
     telemetry.EVENTS.labels(source, "new" if is_new else "repeated").inc()
     telemetry.log("event", source=source, kind=event.kind, job_id=job.job_id, state=job.state)
     return job, is_new

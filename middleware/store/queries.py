@@ -1,6 +1,7 @@
 """Reading and writing the tables; each method is one transaction."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import datetime
 from typing import Any
 
@@ -45,16 +46,33 @@ class Store:
     def _session(self) -> Session:
         return Session(self._engine, expire_on_commit=False)
 
+    @contextmanager
+    def _changing(self) -> Iterator[Session]:
+        """A transaction that reads before it writes, committed at the end. Nobody changes in between what it read
+        with `for_update`: PostgreSQL locks the rows, SQLite (which has no row locks) the whole file for writers."""
+        with self._session() as session:
+            if self._engine.dialect.name == "sqlite":
+                session.connection().exec_driver_sql("BEGIN IMMEDIATE")
+            yield session
+            session.commit()
+
     # Events and jobs
 
-    def accept_event(self, happened: StudyEvent) -> tuple[StudyJob, bool]:
+    def accept_event(self, happened: StudyEvent, *, ended: Collection[str] = ()) -> tuple[StudyJob, bool]:
         """Remember an event and its job durably; the job and whether the event is new. The same key twice is
-        one event; a second event of a job that exists adds no second job."""
-        with self._session() as session:
+        one event; a second event of a job that exists adds no second job, but starts its next run where the job's
+        state is among `ended`, in the same transaction."""
+        try:
+            return self._add_event(happened, ended)
+        except IntegrityError:  # the event, or another one of the same study, arrived on another connection meanwhile
+            return self._add_event(happened, ended)
+
+    def _add_event(self, happened: StudyEvent, ended: Collection[str]) -> tuple[StudyJob, bool]:
+        with self._changing() as session:
             known = session.get(StudyEvent, happened.idempotency_key)
             if known is not None:
                 return self._existing_job(session, known.job_id), False
-            job = session.get(StudyJob, happened.job_id)
+            job = session.get(StudyJob, happened.job_id, with_for_update=True)
             if job is None:
                 job = StudyJob(
                     job_id=happened.job_id,
@@ -63,17 +81,16 @@ class Store:
                     created_at=happened.received_at,
                     updated_at=happened.received_at,
                 )
-                session.add(job)
-            session.add(happened)
-            try:
-                session.commit()
-            except IntegrityError:  # the same event arrived on another connection meanwhile
-                session.rollback()
-                return self._existing_job(session, happened.job_id), False
+            elif job.state in ended:
+                run = {"run": int(job.facts.get("run", 1)) + 1, "run_started_at": happened.received_at.isoformat()}
+                job.state, job.reasons, job.facts = "accepted", [], {**job.facts, **run}
+                job.updated_at = happened.received_at
+            session.add(job)
+            session.add(StudyEvent(**happened.model_dump()))
             return job, True
 
-    def _existing_job(self, session: Session, job_id: str) -> StudyJob:
-        job = session.get(StudyJob, job_id)
+    def _existing_job(self, session: Session, job_id: str, *, for_update: bool = False) -> StudyJob:
+        job = session.get(StudyJob, job_id, with_for_update=for_update or None)
         if job is None:
             raise LookupError(f"no job {job_id}")
         return job
@@ -113,8 +130,8 @@ class Store:
         facts: dict[str, Any] | None = None,
     ) -> None:
         """Change what is given; `facts` are merged into those there."""
-        with self._session() as session:
-            job = self._existing_job(session, job_id)
+        with self._changing() as session:
+            job = self._existing_job(session, job_id, for_update=True)
             job.updated_at = now
             if state is not None:
                 job.state = state
@@ -127,7 +144,6 @@ class Store:
             if facts is not None:
                 job.facts = {**job.facts, **facts}
             session.add(job)
-            session.commit()
 
     # Artifacts
 
@@ -149,7 +165,7 @@ class Store:
     def plan_deliveries(self, job_id: str, revision: int, deliveries: Sequence[Delivery], now: datetime) -> None:
         """Remember the deliveries of a revision: new ones are pending, dead ones of the same revision get another
         chance, and what is still on its way of an earlier revision is dead, since a newer result goes instead."""
-        with self._session() as session:
+        with self._changing() as session:
             for delivery in deliveries:
                 known = session.get(Delivery, delivery.delivery_id)
                 if known is None:
@@ -160,7 +176,6 @@ class Store:
             for delivery in session.exec(older.where(col(Delivery.state).in_(OPEN_DELIVERY_STATES))):
                 delivery.state, delivery.reason = "dead", f"superseded by revision {revision}"
                 delivery.updated_at = now
-            session.commit()
 
     def delivery(self, delivery_id: str) -> Delivery:
         """The delivery; LookupError if there is none."""
@@ -185,8 +200,8 @@ class Store:
         self, delivery_id: str, now: datetime, state: str, *, receipt: str = "", reason: str = "", attempt: bool = False
     ) -> Delivery:
         """Move a delivery to `state`; `attempt` counts a new try. What was delivered stays delivered."""
-        with self._session() as session:
-            delivery = session.get(Delivery, delivery_id)
+        with self._changing() as session:
+            delivery = session.get(Delivery, delivery_id, with_for_update=True)
             if delivery is None:
                 raise LookupError(f"no delivery {delivery_id}")
             if delivery.state != "delivered":
@@ -194,7 +209,6 @@ class Store:
                 delivery.attempts += 1 if attempt else 0
                 delivery.updated_at = now
                 session.add(delivery)
-                session.commit()
             return delivery
 
     # Steps
