@@ -102,13 +102,14 @@ class BundleContext:
     """Clinical context out of a FHIR Bundle given by hand, searched like an EHR."""
 
     def __init__(self, bundle: Mapping[str, Any]) -> None:
-        self._resources = [entry.get("resource", {}) for entry in bundle.get("entry", [])]
+        self._entries = list(bundle.get("entry", []))
 
     async def search(
         self, resource_type: str, params: Mapping[str, str], *, limit: int | None = None
     ) -> list[dict[str, Any]]:
-        """Every resource of the type; whose they are is judged where they are read."""
-        return [r for r in self._resources if r.get("resourceType") == resource_type][:limit]
+        """Every entry of the type, with the full URL that others refer to it by; whose they are is judged where
+        they are read."""
+        return [e for e in self._entries if e.get("resource", {}).get("resourceType") == resource_type][:limit]
 
 
 def open_folder(folder: Path) -> FolderClient:

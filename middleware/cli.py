@@ -4,6 +4,7 @@
 
 import asyncio
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -186,13 +187,16 @@ def _folder(settings: Settings) -> Path:
 
 def main() -> None:
     """Run the command; every failure is a readable line and an exit code, never a traceback."""
+    # Ended by a supervisor or by Ctrl-C: either way servers and temporary folders of the run go first.
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         cli()
     except SettingsError as error:
         errors.print(f"[bold red]Cannot start:[/] {escape(str(error))}", soft_wrap=True)
         sys.exit(process.USAGE)
     except KeyboardInterrupt:
-        sys.exit(130)
+        errors.print("Stopped.")
+        sys.exit(process.STOPPED)
     except Exception as error:
         if os.environ.get("WETREAD_DEBUG"):
             raise

@@ -95,7 +95,7 @@ class ContextSource(Protocol):
     async def search(
         self, resource_type: str, params: Mapping[str, str], *, limit: int | None = None
     ) -> list[dict[str, Any]]:
-        """FHIR resources of one type that match the search parameters."""
+        """FHIR resources (or Bundle entries that hold them) of one type that match the search parameters."""
 
 
 class Ehr(ContextSource, Protocol):

@@ -28,6 +28,7 @@ from middleware.workflow import read_study
 
 DONE, USAGE, UNMATCHED, UNUSABLE, UNDELIVERED = 0, 2, 3, 4, 5
 FAILED = 1
+STOPPED = 130
 EXIT_CODES = {
     "released": DONE,
     "unmatched": UNMATCHED,

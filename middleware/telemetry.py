@@ -106,3 +106,5 @@ def watch_step(step: str, job_id: str) -> Iterator[StepWatch]:
 def quiet_logging() -> None:
     """No log lines: a person reads progress on the terminal instead."""
     configure_logging("CRITICAL")
+    # It prints tracebacks of the tasks that Ctrl-C ends half-way.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL + 1)

@@ -12,19 +12,19 @@ Blocking inside `with`, non-blocking inside `async with`.
 """
 
 import asyncio
+import contextlib
 import ctypes
 import http.client
 import importlib.util
 import json
 import os
 import platform
+import select
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 import uuid
 from collections.abc import Iterator, Sequence
@@ -39,16 +39,7 @@ POLL_INTERVAL_S = 0.05
 START_ATTEMPTS = 3
 LOG_TAIL_LINES = 15
 
-# The server's libc must see PR_SET_PDEATHSIG before the binary starts. A tiny exec shim does it, not
-# preexec_fn, which may deadlock in a process with threads; the getppid check closes the race with a
-# dying parent.
-_SHIM = """
-import ctypes, os, signal, sys
-ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-if os.getppid() != int(sys.argv[1]):
-    sys.exit(1)
-os.execv(sys.argv[2], sys.argv[2:])
-"""
+GUARD = Path(__file__).with_name("guard.py")
 
 
 class BundledTritonError(RuntimeError):
@@ -79,7 +70,7 @@ class BundledTriton:
 
     `arguments` are further tritonserver options. `grpc_url`, `http_url` and `metrics_url` are host:port on
     127.0.0.1, set on entry. The server ends with the block, and with this process however it dies
-    (PR_SET_PDEATHSIG). Raises `BundledTritonError`.
+    (`guard.py`). Raises `BundledTritonError`.
     """
 
     def __init__(self, *models: Path, ready_timeout_s: float = READY_TIMEOUT_S, arguments: Sequence[str] = ()) -> None:
@@ -124,7 +115,7 @@ class BundledTriton:
         """The server's process id while it runs."""
         if self._keeper is None:
             raise BundledTritonError("the bundled Triton is not running")
-        return self._keeper.process.pid
+        return self._keeper.pid
 
     def log_tail(self) -> str:
         """The last lines that the server and its models printed (warnings and errors; info is off)."""
@@ -140,8 +131,6 @@ class BundledTriton:
         if self._work is not None:
             shutil.rmtree(self._work, ignore_errors=True)
             self._work = None
-            for leftover in Path("/dev/shm").glob(f"{self._server_id}*"):
-                leftover.unlink(missing_ok=True)
 
     def _start(self) -> Iterator[float]:
         """Starts the server and yields the pauses to wait between looks, until it is ready."""
@@ -168,13 +157,13 @@ class BundledTriton:
         grpc, http_, metrics = free_ports(3)
         self.grpc_url, self.http_url, self.metrics_url = (f"{LOOPBACK}:{port}" for port in (grpc, http_, metrics))
         command = _command(self._models, _backends(self._work), self._server_id, grpc, http_, metrics)
-        self._keeper = _Keeper([*command, *self._arguments], _environment(), self._work / "log")
+        self._keeper = _Keeper([*command, *self._arguments], self._server_id, self._work)
 
     def _pauses_until_ready(self) -> Iterator[float]:
         deadline = time.monotonic() + self._ready_timeout_s
         assert self._keeper is not None
         while not self._is_ready():
-            if (code := self._keeper.process.poll()) is not None:
+            if (code := self._keeper.poll()) is not None:
                 raise BundledTritonError(f"bundled Triton ended with code {code} while starting:\n{self.log_tail()}")
             if time.monotonic() > deadline:
                 raise BundledTritonError(
@@ -193,49 +182,43 @@ class BundledTriton:
 
 
 class _Keeper:
-    """Starts the server from a thread that lives as long as the server does.
+    """The server under `guard.py`, which ends it and tidies up after it however this process ends."""
 
-    Linux sends PR_SET_PDEATHSIG when the *thread* that started the child ends, so a pool thread that
-    is retired must not be the one that starts it.
-    """
-
-    process: "subprocess.Popen[bytes]"
-
-    def __init__(self, command: list[str], environment: dict[str, str], log: Path) -> None:
-        self._error: OSError | None = None
-        self._started = threading.Event()
-        thread = threading.Thread(target=self._keep, args=(command, environment, log), daemon=True)
-        thread.start()
-        self._started.wait()
-        if self._error is not None:
-            raise BundledTritonError(f"bundled Triton could not be started: {self._error}")
-
-    def _keep(self, command: list[str], environment: dict[str, str], log: Path) -> None:
-        shim = [sys.executable, "-I", "-S", "-c", _SHIM, str(os.getpid()), *command]
+    def __init__(self, command: list[str], server_id: str, work: Path) -> None:
+        log = work / "log"
+        guard = [sys.executable, "-I", "-S", str(GUARD), str(work), server_id, str(log), str(STOP_TIMEOUT_S)]
         try:
-            with log.open("wb") as output:
-                self.process = subprocess.Popen(
-                    shim,
-                    env=environment,
-                    stdin=subprocess.DEVNULL,
-                    stdout=output,
-                    stderr=output,
-                    cwd=log.parent,
-                )
+            self._guard = subprocess.Popen(
+                [*guard, *command],
+                env=_environment(),
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
         except OSError as error:
-            self._error = error
-            return
-        finally:
-            self._started.set()
-        self.process.wait()
+            raise BundledTritonError(f"bundled Triton could not be started: {error}") from error
+        assert self._guard.stdout is not None
+        first_line = self._guard.stdout.readline()
+        if not first_line:
+            self.stop()
+            raise BundledTritonError(f"bundled Triton could not be started: {command[0]} does not run")
+        self.pid = int(first_line)
+
+    def poll(self) -> int | None:
+        """The server's exit code if it has ended."""
+        assert self._guard.stdout is not None
+        readable, _, _ = select.select([self._guard.stdout], [], [], 0)
+        return int(self._guard.stdout.readline() or -1) if readable else None
 
     def stop(self) -> None:
-        self.process.send_signal(signal.SIGTERM)
-        try:
-            self.process.wait(STOP_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+        """End the server; once this returns, it is gone with its stubs, shared memory and work folder."""
+        assert self._guard.stdin is not None
+        assert self._guard.stdout is not None
+        with contextlib.suppress(BrokenPipeError):
+            self._guard.stdin.close()
+        self._guard.wait()
+        self._guard.stdout.close()
 
 
 def free_ports(count: int) -> list[int]:
