@@ -1,0 +1,319 @@
+"""The store and the inbox: what is accepted is durable, happens once, and never goes back from delivered."""
+
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta, timezone
+from pathlib import Path
+from threading import Barrier
+
+import pytest
+from sqlalchemy import text
+from sqlalchemy.exc import StatementError
+
+from middleware.intake.inbox import ENDED, accept_study, run_started_at, workflow_id
+from middleware.store.artifacts import ArtifactStore
+from middleware.store.queries import Store, open_engine
+from middleware.store.tables import ArtifactRecord, Delivery, StepRun, StudyEvent
+
+NOW = datetime(2026, 3, 4, 10, 30, tzinfo=UTC)
+LATER = NOW + timedelta(minutes=5)
+STUDY = "1.2.840.113619.2.1"
+
+
+def open_store(folder: Path) -> Store:
+    return Store(open_engine(f"sqlite:///{folder}/wetread.sqlite"))
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return open_store(tmp_path)
+
+
+def accept(store: Store, key: str = "k1", now: datetime = NOW, study: str = STUDY) -> tuple[str, bool]:
+    job, is_new = accept_study(store, study, source="pacs", key=key, now=now)
+    return job.job_id, is_new
+
+
+def delivery(number: int = 1, *, state: str = "pending", revision: int = 1, job_id: str = "j") -> Delivery:
+    return Delivery(
+        delivery_id=f"d{revision}-{number}",
+        job_id=job_id,
+        revision=revision,
+        destination="pacs",
+        artifact_name="seg.dcm",
+        kind="seg",
+        digest="0" * 64,
+        position=number,
+        state=state,
+        created_at=NOW,
+        updated_at=NOW,
+    )
+
+
+# The inbox
+
+
+def test_same_key_is_one_event_and_one_job(store: Store) -> None:
+    first, is_new = accept(store)
+    again, is_new_again = accept(store)
+    assert (first, is_new, is_new_again) == (again, True, False)
+    assert [e.idempotency_key for e in store.events_of_job(first)] == ["pacs:k1"]
+    assert workflow_id(store.job(first)).endswith("/run-1")
+
+
+def test_same_key_of_another_source_is_another_event(store: Store) -> None:
+    job_id, _ = accept(store)
+    _, is_new = accept_study(store, STUDY, source="ris", key="k1", now=NOW)
+    assert is_new
+    assert len(store.events_of_job(job_id)) == 2
+    assert len(store.jobs_of_study(STUDY)) == 1
+
+
+@pytest.mark.parametrize("state", ["accepted", "reading"])
+def test_new_event_of_a_study_being_read_starts_nothing(store: Store, state: str) -> None:
+    job_id, _ = accept(store)
+    store.update_job(job_id, NOW, state=state)
+    _, is_new = accept(store, "k2")
+    assert is_new
+    assert store.job(job_id).state == state
+    assert workflow_id(store.job(job_id)).endswith("/run-1")
+
+
+@pytest.mark.parametrize("state", sorted(ENDED))
+def test_new_event_after_an_end_starts_another_run(store: Store, state: str) -> None:
+    job_id, _ = accept(store)
+    store.update_job(job_id, NOW, state=state, reasons=["why"], facts={"study": "digest"})
+    accept(store, "k2", LATER)
+    job = store.job(job_id)
+    assert (job.state, job.reasons, workflow_id(job)) == ("accepted", [], f"{job_id}/run-2")
+    assert job.facts["study"] == "digest"
+    assert run_started_at(job) == LATER
+    store.update_job(job_id, LATER, state="failed")
+    accept(store, "k2", LATER)
+    assert store.job(job_id).state == "failed", "the same key again starts nothing"
+
+
+def test_run_of_a_first_event_started_when_the_job_was_created(store: Store) -> None:
+    job_id, _ = accept(store)
+    assert run_started_at(store.job(job_id)) == NOW
+
+
+@pytest.mark.parametrize(
+    "uid", ["", "abc", "1.2.3.", "1..2", "1.02.3", "1." + "2" * 63, "1.2.3; drop", "1.2\n.3", "٣.٤"]
+)
+def test_refuses_what_is_no_uid(store: Store, uid: str) -> None:
+    with pytest.raises(ValueError, match="not a DICOM UID"):
+        accept(store, study=uid)
+    assert store.jobs_in_state("accepted") == []
+
+
+def test_blanks_around_a_uid_do_not_make_another_study(store: Store) -> None:
+    assert accept(store)[0] == accept(store, "k2", study=f" {STUDY}\n")[0]
+    assert len(store.jobs_of_study(STUDY)) == 1
+
+
+def at_once(count: int, act: object) -> list[object]:
+    barrier = Barrier(count)
+
+    def run(number: int) -> object:
+        barrier.wait()
+        return act(number)  # type: ignore[operator]
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(run, range(count)))
+
+
+def test_many_threads_with_one_event_make_one_job(store: Store) -> None:
+    outcomes = at_once(8, lambda _: accept(store))
+    assert len({job_id for job_id, _ in outcomes}) == 1  # type: ignore[misc]
+    assert sum(is_new for _, is_new in outcomes) == 1  # type: ignore[misc]
+
+
+def test_many_threads_with_events_of_their_own_lose_none(store: Store) -> None:
+    outcomes = at_once(8, lambda n: accept(store, f"k{n}"))
+    (job_id,) = {job_id for job_id, _ in outcomes}  # type: ignore[misc]
+    assert all(is_new for _, is_new in outcomes)  # type: ignore[misc]
+    assert len(store.events_of_job(job_id)) == 8
+
+
+def test_many_new_events_after_a_failure_start_one_run(store: Store) -> None:
+    job_id, _ = accept(store)
+    store.update_job(job_id, NOW, state="failed")
+    at_once(8, lambda n: accept(store, f"again{n}"))
+    assert workflow_id(store.job(job_id)).endswith("/run-2")
+
+
+def test_facts_written_at_once_are_all_kept(store: Store) -> None:
+    job_id, _ = accept(store)
+    at_once(8, lambda n: store.update_job(job_id, NOW, facts={f"fact{n}": n}))
+    assert store.job(job_id).facts == {f"fact{n}": n for n in range(8)}
+
+
+# Jobs
+
+
+def test_update_changes_only_what_is_given(store: Store) -> None:
+    job_id, _ = accept(store)
+    store.update_job(job_id, NOW, state="reading", protocol="p", reasons=["a"], revision=2, facts={"x": 1, "y": 1})
+    store.update_job(job_id, LATER, facts={"y": 2})
+    job = store.job(job_id)
+    assert (job.state, job.protocol, job.reasons, job.revision) == ("reading", "p", ["a"], 2)
+    assert (job.facts, job.updated_at, job.created_at) == ({"x": 1, "y": 2}, LATER, NOW)
+    assert [j.job_id for j in store.jobs_in_state("reading", "held")] == [job_id]
+    assert store.jobs_in_state("held") == []
+
+
+def test_unknown_job_and_delivery_are_lookup_errors(store: Store) -> None:
+    with pytest.raises(LookupError, match="no job x"):
+        store.job("x")
+    with pytest.raises(LookupError, match="no job x"):
+        store.update_job("x", NOW, state="held")
+    with pytest.raises(LookupError, match="no delivery x"):
+        store.mark_delivery("x", NOW, "dead")
+    with pytest.raises(LookupError, match="no delivery x"):
+        store.delivery("x")
+
+
+def test_naive_time_is_refused_and_zones_become_utc(store: Store) -> None:
+    with pytest.raises(StatementError, match="naive datetime"):
+        accept(store, now=datetime(2026, 3, 4, 10, 30))
+    assert store.jobs_of_study(STUDY) == []
+    job_id, _ = accept(store, now=datetime(2026, 3, 4, 12, 30, tzinfo=timezone(timedelta(hours=2))))
+    created = store.job(job_id).created_at
+    assert (created, created.utcoffset()) == (NOW, timedelta(0))
+
+
+# Deliveries
+
+
+def test_delivery_walks_its_states_and_counts_attempts(store: Store) -> None:
+    store.plan_deliveries("j", 1, [delivery()], NOW)
+    for state, attempt in (("in_flight", True), ("retrying", False), ("in_flight", True), ("ambiguous", False)):
+        store.mark_delivery("d1-1", LATER, state, reason=f"now {state}", attempt=attempt)
+    found = store.delivery("d1-1")
+    assert (found.state, found.attempts, found.reason) == ("ambiguous", 2, "now ambiguous")
+    assert (found.created_at, found.updated_at) == (NOW, LATER)
+
+
+def test_delivered_stays_delivered(store: Store) -> None:
+    store.plan_deliveries("j", 1, [delivery()], NOW)
+    store.mark_delivery("d1-1", NOW, "delivered", receipt="AA")
+    for state in ("pending", "in_flight", "retrying", "ambiguous", "dead"):
+        after = store.mark_delivery("d1-1", LATER, state, reason="late news", attempt=True)
+        assert (after.state, after.receipt, after.reason, after.attempts) == ("delivered", "AA", "", 0)
+    store.plan_deliveries("j", 1, [delivery()], LATER)
+    store.plan_deliveries("j", 2, [delivery(revision=2)], LATER)
+    assert store.delivery("d1-1").state == "delivered"
+
+
+def test_delivered_stays_delivered_however_the_answers_race(store: Store) -> None:
+    for number in range(10):
+        store.plan_deliveries("j", 1, [delivery(number)], NOW)
+        states = ["delivered", "retrying", "ambiguous", "dead"]
+        at_once(4, lambda n, d=number, s=states: store.mark_delivery(f"d1-{d}", LATER, s[n]))
+        assert store.delivery(f"d1-{number}").state == "delivered"
+
+
+def test_attempts_counted_at_once_are_all_counted(store: Store) -> None:
+    store.plan_deliveries("j", 1, [delivery()], NOW)
+    at_once(8, lambda _: store.mark_delivery("d1-1", NOW, "in_flight", attempt=True))
+    assert store.delivery("d1-1").attempts == 8
+
+
+def test_planning_again_keeps_states_revives_the_dead_and_retires_older_revisions(store: Store) -> None:
+    store.plan_deliveries("j", 1, [delivery(n) for n in (3, 1, 2)], NOW)
+    store.mark_delivery("d1-1", NOW, "delivered")
+    store.mark_delivery("d1-2", NOW, "dead", reason="refused")
+    store.plan_deliveries("j", 1, [delivery(n) for n in (1, 2, 3)], LATER)
+    assert [(d.delivery_id, d.state) for d in store.deliveries(job_id="j")] == [
+        ("d1-1", "delivered"),
+        ("d1-2", "pending"),
+        ("d1-3", "pending"),
+    ]
+    store.plan_deliveries("j", 2, [delivery(1, revision=2)], LATER)
+    assert store.delivery("d1-3").reason == "superseded by revision 2"
+    assert [d.delivery_id for d in store.deliveries(state="pending")] == ["d2-1"]
+
+
+def test_other_jobs_keep_their_deliveries(store: Store) -> None:
+    store.plan_deliveries("other", 1, [delivery(job_id="other")], NOW)
+    store.plan_deliveries("j", 2, [delivery(revision=2)], NOW)
+    assert store.delivery("d1-1").state == "pending"
+
+
+# Durability
+
+
+def test_everything_survives_a_reopen(tmp_path: Path) -> None:
+    store = open_store(tmp_path)
+    job_id, _ = accept(store)
+    store.update_job(job_id, NOW, facts={"nested": {"a": [1, None, "é"]}})
+    record = ArtifactRecord(
+        artifact_id="a1", job_id=job_id, revision=1, name="sr.dcm", kind="sr", media_type="x", digest="d", size_bytes=1
+    )
+    store.save_artifacts([record])
+    store.save_artifacts([ArtifactRecord(**record.model_dump())])
+    store.plan_deliveries(job_id, 1, [delivery(job_id=job_id)], NOW)
+    for step in ("fetch", "context"):
+        store.add_step_run(StepRun(job_id=job_id, step=step, started_at=NOW, duration_s=0.5, outcome="done"))
+    store.close()
+
+    reopened = open_store(tmp_path)
+    assert reopened.job(job_id).facts == {"nested": {"a": [1, None, "é"]}}
+    assert reopened.job(job_id).created_at == NOW
+    assert [a.name for a in reopened.artifacts(job_id, 1)] == ["sr.dcm"]
+    assert reopened.artifacts(job_id, 2) == []
+    assert [d.state for d in reopened.deliveries(job_id=job_id)] == ["pending"]
+    assert [s.step for s in reopened.step_runs(job_id)] == ["fetch", "context"]
+    assert accept(reopened) == (job_id, False)
+
+
+def test_commits_are_synced_in_a_write_ahead_log(tmp_path: Path) -> None:
+    with open_engine(f"sqlite:///{tmp_path}/w.sqlite").connect() as connection:
+        pragmas = {
+            name: connection.execute(text(f"PRAGMA {name}")).scalar() for name in ("journal_mode", "synchronous")
+        }
+    assert pragmas == {"journal_mode": "wal", "synchronous": 2}
+
+
+def test_two_processes_worth_of_engines_share_one_file(tmp_path: Path) -> None:
+    first, second = open_store(tmp_path), open_store(tmp_path)
+    job_id, _ = accept(first)
+    at_once(8, lambda n: (first, second)[n % 2].update_job(job_id, NOW, facts={str(n): n}))
+    assert len(second.job(job_id).facts) == 8
+
+
+def test_event_row_is_not_changed_by_its_repeat(store: Store) -> None:
+    job_id, _ = accept(store)
+    accept(store, now=LATER)
+    (event,) = store.events_of_job(job_id)
+    assert isinstance(event, StudyEvent)
+    assert event.received_at == NOW
+
+
+# Artifacts
+
+
+def test_artifacts_are_kept_once_by_digest(tmp_path: Path) -> None:
+    artifacts = ArtifactStore(f"file://{tmp_path}/a")
+    first, again = artifacts.put(b"bytes"), artifacts.put(b"bytes")
+    assert first == again
+    assert artifacts.get(first.digest) == b"bytes"
+    assert first.size_bytes == 5
+    assert len([p for p in (tmp_path / "a").rglob("*") if p.is_file()]) == 1
+    assert artifacts.get(artifacts.put_json({"b": 1, "a": [2]}).digest) == b'{"a": [2], "b": 1}'
+
+
+def test_damaged_or_missing_artifact_is_never_returned(tmp_path: Path) -> None:
+    artifacts = ArtifactStore(f"file://{tmp_path}/a")
+    ref = artifacts.put(b"bytes")
+    (file,) = (p for p in (tmp_path / "a").rglob("*") if p.is_file())
+    file.write_bytes(b"other")
+    with pytest.raises(ValueError, match="do not match its digest"):
+        artifacts.get(ref.digest)
+    with pytest.raises(FileNotFoundError):
+        artifacts.get("ab" * 32)
+
+
+def test_artifacts_work_on_another_file_system() -> None:
+    artifacts = ArtifactStore("memory://wetread-test-artifacts")
+    assert artifacts.get(artifacts.put(b"x" * 1000).digest) == b"x" * 1000
