@@ -7,16 +7,21 @@ from pathlib import Path
 
 import jinja2
 import numpy as np
+import numpy.typing as npt
 
-from mappings.model.findings import Evidence, Finding, Findings
+from mappings.inputs.dicom_to_study import datasets_to_study
+from mappings.model.findings import Evidence, Finding, Findings, ModelIdentity, RoleChoice
 from mappings.model.protocol import Protocol
+from mappings.model.study import Volume
 from mappings.outputs.findings_to_draft import draft_environment
+from mappings.reading.tensors_to_findings import Reading, tensors_to_findings
 from middleware.intake.images import RoleImages
 from middleware.intake.protocols import load_protocols
 from middleware.release.rendering import Addresses, Masks, render_all
-from tests.builders import build_findings, build_masks
+from tests.builders import NOW, T2W_UID, build_context, build_findings, build_masks
 from tests.dicom_sources import build_sources, build_volumes
 
+Mask = npt.NDArray[np.uint8]
 TEMPLATES = Path(__file__).parents[1] / "templates" / "report"
 
 
@@ -56,10 +61,67 @@ def render_contents(
     """All artifacts of `findings` by name; `headers` change the source images' headers."""
     findings = place_findings(build_findings()) if findings is None else findings
     masks = build_masks() if masks is None else masks
+    return render_result(findings, masks, None, template=template, ehr_gave_context=ehr_gave_context, **headers)
+
+
+def render_result(
+    findings: Findings,
+    masks: Masks,
+    volumes: dict[str, Volume] | None,
+    *,
+    template: str = "prostate_mri",
+    ehr_gave_context: bool = True,
+    **headers: object,
+) -> dict[str, bytes]:
+    """All artifacts of `findings` by name, on the sources of the shape of `masks`."""
     shape = masks["gland"].shape
-    images = RoleImages(build_volumes(shape), {"t2w": tuple(build_sources(shape, **headers))})
+    sources = tuple(build_sources(shape, **headers))
+    images = RoleImages(build_volumes(shape) if volumes is None else volumes, {"t2w": sources})
     protocol = load_prostate_protocol()
     protocol = replace(protocol, outputs=replace(protocol.outputs, template=template))
     addresses = Addresses("WETREAD", "HOSPITAL", "RIS", "HOSPITAL", "T", UTC, ehr_gave_context)
     environment = draft_environment(jinja2.FileSystemLoader(TEMPLATES))
     return {a.name: a.data for a in render_all(findings, protocol, masks, images, environment, addresses)}
+
+
+def read_random_result(seed: int) -> tuple[Findings, dict[str, Mask], dict[str, Volume]]:
+    """What the reading makes of a random answer: up to four lesions anywhere, any scores; now and then no gland,
+    no peripheral zone, no PSA, no ADC map or one whose unit is unclear."""
+    rng = np.random.default_rng(seed)
+    masks, volumes, context = build_masks(), build_volumes(), build_context()
+    masks["lesions"] = _draw_lesions(rng, masks["gland"].shape)
+    if rng.random() < 0.25:
+        masks["gland"][:], masks["zones"][:] = 0, 0
+    if rng.random() < 0.25:
+        masks["zones"][masks["zones"] == 1] = 0
+    if rng.random() < 0.5:
+        volumes["adc"] = replace(volumes["adc"], array=volumes["adc"].array * rng.integers(0, 2))
+    count = int(masks["lesions"].max())
+    scores = rng.integers(1, 6, (count, 4)).astype(np.float32)
+    scores[:, 2], scores[:, 3] = rng.choice([0, 1, np.nan], count), rng.random(count)
+    sources = build_sources()
+    reading = Reading(
+        job_id=f"random-{seed}",
+        revision=1,
+        now=NOW,
+        study=datasets_to_study([(str(index), source) for index, source in enumerate(sources)]),
+        protocol=load_prostate_protocol(),
+        model=ModelIdentity("prostate_reference", "1", "Wetread project"),
+        context=context,
+        psa=context.labs[0] if rng.random() < 0.7 else None,
+        psa_reason="no PSA in the EHR",
+        roles=(RoleChoice("t2w", "T2-weighted axial", True, T2W_UID, "4 t2_tse_tra", ("chosen",)),),
+        volumes=volumes,
+    )
+    return tensors_to_findings({**masks, "scores": scores}, reading), masks, volumes
+
+
+def _draw_lesions(rng: np.random.Generator, shape: tuple[int, ...]) -> Mask:
+    """Boxes that may overlap, labelled 1..n without gaps."""
+    drawn = np.zeros(shape, np.uint8)
+    for label in range(1, int(rng.integers(0, 5)) + 1):
+        z, y, x = (int(rng.integers(0, size - 4)) for size in shape)
+        depth, height, width = (int(n) for n in rng.integers(1, 5, 3))
+        drawn[z : z + depth, y : y + height, x : x + width] = label
+    _, labels = np.unique(drawn, return_inverse=True)
+    return labels.reshape(shape).astype(np.uint8)

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from mappings.model.codes import BILATERAL, LEFT, RIGHT, Code
-from mappings.model.findings import Finding
+from mappings.model.findings import Finding, Findings
 
 _UNSHOWN = re.compile(
     r"<U\+[0-9A-F]{4,6}>"
@@ -145,6 +145,20 @@ def place_words(finding: Finding) -> str:
     """Side, zone and level as sentences name them, in small letters; empty where nothing is known."""
     known = [code.meaning for code in (finding.laterality, finding.zone) if code is not None]
     return ", ".join([*known, *([finding.level] if finding.level else [])]).casefold()
+
+
+def find_unsaid(words: str, findings: Findings) -> list[str]:
+    """Sentences of the findings that a draft does not hold: derivations, notes, warnings."""
+    text, wanted = squeeze(words), [("document", warning) for warning in findings.warnings]
+    for finding in findings.findings:
+        wanted += [(finding.tracking_id, a.explanation) for a in finding.assessments]
+        wanted += [(finding.tracking_id, note) for note in finding.notes]
+    wanted += [("study", a.explanation) for a in findings.assessments]
+    return [
+        f"{where}: sentence: expected '{prose(sentence).shown}', which was not found"
+        for where, sentence in wanted
+        if squeeze(sentence) not in text
+    ]
 
 
 def lesion_pieces(lesion: Finding) -> tuple[list[str], list[str]]:

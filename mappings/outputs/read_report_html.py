@@ -9,6 +9,7 @@ from mappings.outputs.read_facts import (
     Facts,
     compare,
     find_slips,
+    find_unsaid,
     lesion_pieces,
     place_words,
     prose,
@@ -85,6 +86,7 @@ def check_report_html(data: bytes, findings: Findings) -> list[str]:
     _read_articles(found, page)
     _read_sources(found, page)
     slips = _check_impression(page, findings)
+    slips += find_unsaid(page.text, findings)
     banner = "".join(p.text for p in page.find("p", class_="banner"))
     model = f"{findings.model.name} version {findings.model.version}"
     if squeeze(model) not in squeeze(banner):

@@ -9,6 +9,7 @@ from mappings.outputs.read_facts import (
     Value,
     compare,
     find_slips,
+    find_unsaid,
     lesion_pieces,
     number,
     place_words,
@@ -47,6 +48,7 @@ def check_report_text(data: bytes, findings: Findings) -> list[str]:
     _read_blanks(found, sections.get("LEFT BLANK", []))
     _read_ids(found, sections.get("WHERE THE MARKS LEAD", []))
     slips = _check_impression(impression, findings)
+    slips += find_unsaid(text, findings)
     if squeeze(f"{findings.model.name} version {findings.model.version}") not in squeeze(_banners(text)[0]):
         slips.append(f"{DOCUMENT}: model: expected '{findings.model.name} version {findings.model.version}'")
     if not technique:

@@ -118,10 +118,18 @@ def _expect_place(facts: Facts, where: str, segment: Segment, findings: Findings
         facts.add(where, "side", "")
 
 
+def _macro(seg: Dataset, group: Dataset, keyword: str) -> Dataset:
+    """A functional group's item: the frame's own, else the shared one (PS3.3 C.7.6.16.1 leaves it to the writer)."""
+    own = items_of(group, keyword)
+    item: Dataset = own[0] if own else seg.SharedFunctionalGroupsSequence[0][keyword].value[0]
+    return item
+
+
 def _read_grid(seg: Dataset) -> Grid:
-    shared = seg.SharedFunctionalGroupsSequence[0]
-    directions = np.array(shared.PlaneOrientationSequence[0].ImageOrientationPatient, dtype=np.float64)
-    row_mm, column_mm = (float(v) for v in shared.PixelMeasuresSequence[0].PixelSpacing)
+    first = seg.PerFrameFunctionalGroupsSequence[0]
+    orientation = _macro(seg, first, "PlaneOrientationSequence").ImageOrientationPatient
+    directions = np.array(orientation, dtype=np.float64)
+    row_mm, column_mm = (float(v) for v in _macro(seg, first, "PixelMeasuresSequence").PixelSpacing)
     return Grid(directions[:3], directions[3:], row_mm, column_mm)
 
 
@@ -129,7 +137,7 @@ def read_frames(seg: Dataset) -> list[Frame]:
     """Every frame that holds a voxel."""
     groups = items_of(seg, "PerFrameFunctionalGroupsSequence")
     pixels = _unpack(seg, len(groups))
-    return [_read_frame(bits, group) for bits, group in zip(pixels, groups, strict=True) if bits.any()]
+    return [_read_frame(seg, bits, group) for bits, group in zip(pixels, groups, strict=True) if bits.any()]
 
 
 def _unpack(seg: Dataset, count: int) -> Bits:
@@ -139,10 +147,10 @@ def _unpack(seg: Dataset, count: int) -> Bits:
     return np.unpackbits(packed, count=int(np.prod(shape)), bitorder="little").reshape(shape).view(np.bool_)
 
 
-def _read_frame(bits: Bits, group: Dataset) -> Frame:
-    number = int(group.SegmentIdentificationSequence[0].ReferencedSegmentNumber)
-    position = np.array(group.PlanePositionSequence[0].ImagePositionPatient, dtype=np.float64)
-    sources = [s for d in items_of(group, "DerivationImageSequence") for s in items_of(d, "SourceImageSequence")]
+def _read_frame(seg: Dataset, bits: Bits, group: Dataset) -> Frame:
+    number = int(_macro(seg, group, "SegmentIdentificationSequence").ReferencedSegmentNumber)
+    position = np.array(_macro(seg, group, "PlanePositionSequence").ImagePositionPatient, dtype=np.float64)
+    sources = items_of(_macro(seg, group, "DerivationImageSequence"), "SourceImageSequence")
     return Frame(number, bits, position, text_of(sources[0], "ReferencedSOPInstanceUID") if sources else "")
 
 

@@ -184,11 +184,13 @@ def _judge_oru(name: str, data: bytes, datasets: dict[str, Dataset]) -> list[str
     """
     text = data.decode("utf-8")
     words = [f"holds U+{ord(c):04X}, which ends or frames messages" for c in "\n\x0b\x1c" if c in text]
+    if words:
+        return words
     thinned = _thin(text.split("\r"))
     message = parse_message("\r".join(thinned), validation_level=VALIDATION_LEVEL.STRICT, find_groups=True)
     if message.version != "2.5.1":
-        words.append(f"is version {message.version}, not 2.5.1")
-    return words if message.validate() else [*words, "does not validate as ORU^R01 of 2.5.1"]
+        return [f"is version {message.version}, not 2.5.1"]
+    return [] if message.validate() else ["does not validate as ORU^R01 of 2.5.1"]
 
 
 def _thin(lines: list[str]) -> list[str]:
