@@ -185,11 +185,16 @@ def _without_repeats(
     return kept, problems, ()
 
 
+def _usual_gap(gaps: npt.NDArray[np.float64]) -> float:
+    """The middle gap in mm, the smaller of two: a mean of two would be a spacing that no slice has."""
+    return float(np.sort(gaps)[(len(gaps) - 1) // 2])
+
+
 def _check_gaps(placed: Sequence[Placed], policy: GeometryPolicy) -> tuple[list[InputProblem], tuple[str, ...]]:
     gaps = np.diff([p for p, _ in placed])
     if len(gaps) == 0:
         return [], ()
-    spacing = float(np.median(gaps))
+    spacing = _usual_gap(gaps)
     problems: list[InputProblem] = []
     notes: list[str] = []
     for gap, ((_, before), (_, after)) in zip(gaps, pairwise(placed), strict=True):
@@ -233,9 +238,9 @@ def _too_few(placed: Sequence[Placed], policy: GeometryPolicy) -> list[InputProb
 
 
 def _grid(placed: Sequence[Placed]) -> Geometry:
-    """The regular grid from the first to the last slice at the median spacing."""
+    """The regular grid from the first to the last slice at the usual spacing."""
     first, positions = placed[0][1], np.array([p for p, _ in placed])
-    count = round((positions[-1] - positions[0]) / float(np.median(np.diff(positions)))) + 1
+    count = round((positions[-1] - positions[0]) / _usual_gap(np.diff(positions))) + 1
     spacing = (positions[-1] - positions[0]) / (count - 1)
     row, column, normal = _axes(first)
     row_spacing, column_spacing = first.pixel_spacing_mm or (1.0, 1.0)

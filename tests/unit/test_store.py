@@ -1,9 +1,12 @@
 """The store and the inbox: what is accepted is durable, happens once, and never goes back from delivered."""
 
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta, timezone
+from functools import partial
 from pathlib import Path
 from threading import Barrier
+from typing import TypeVar
 
 import pytest
 from sqlalchemy import text
@@ -16,6 +19,7 @@ from middleware.store.tables import ArtifactRecord, Delivery, StepRun, StudyEven
 
 NOW = datetime(2026, 3, 4, 10, 30, tzinfo=UTC)
 LATER = NOW + timedelta(minutes=5)
+T = TypeVar("T")
 STUDY = "1.2.840.113619.2.1"
 
 
@@ -111,12 +115,12 @@ def test_blanks_around_a_uid_do_not_make_another_study(store: Store) -> None:
     assert len(store.jobs_of_study(STUDY)) == 1
 
 
-def at_once(count: int, act: object) -> list[object]:
+def at_once(count: int, act: Callable[[int], T]) -> list[T]:
     barrier = Barrier(count)
 
-    def run(number: int) -> object:
+    def run(number: int) -> T:
         barrier.wait()
-        return act(number)  # type: ignore[operator]
+        return act(number)
 
     with ThreadPoolExecutor(count) as pool:
         return list(pool.map(run, range(count)))
@@ -124,14 +128,14 @@ def at_once(count: int, act: object) -> list[object]:
 
 def test_many_threads_with_one_event_make_one_job(store: Store) -> None:
     outcomes = at_once(8, lambda _: accept(store))
-    assert len({job_id for job_id, _ in outcomes}) == 1  # type: ignore[misc]
-    assert sum(is_new for _, is_new in outcomes) == 1  # type: ignore[misc]
+    assert len({job_id for job_id, _ in outcomes}) == 1
+    assert sum(is_new for _, is_new in outcomes) == 1
 
 
 def test_many_threads_with_events_of_their_own_lose_none(store: Store) -> None:
     outcomes = at_once(8, lambda n: accept(store, f"k{n}"))
-    (job_id,) = {job_id for job_id, _ in outcomes}  # type: ignore[misc]
-    assert all(is_new for _, is_new in outcomes)  # type: ignore[misc]
+    (job_id,) = {job_id for job_id, _ in outcomes}
+    assert all(is_new for _, is_new in outcomes)
     assert len(store.events_of_job(job_id)) == 8
 
 
@@ -205,11 +209,14 @@ def test_delivered_stays_delivered(store: Store) -> None:
     assert store.delivery("d1-1").state == "delivered"
 
 
+def answer_one(store: Store, delivery_id: str, number: int) -> Delivery:
+    return store.mark_delivery(delivery_id, LATER, ["delivered", "retrying", "ambiguous", "dead"][number])
+
+
 def test_delivered_stays_delivered_however_the_answers_race(store: Store) -> None:
     for number in range(10):
         store.plan_deliveries("j", 1, [delivery(number)], NOW)
-        states = ["delivered", "retrying", "ambiguous", "dead"]
-        at_once(4, lambda n, d=number, s=states: store.mark_delivery(f"d1-{d}", LATER, s[n]))
+        at_once(4, partial(answer_one, store, f"d1-{number}"))
         assert store.delivery(f"d1-{number}").state == "delivered"
 
 
