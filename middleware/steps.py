@@ -9,6 +9,7 @@ import io
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar
 
@@ -53,6 +54,7 @@ def use(systems: Systems) -> None:
     """Let the steps act on these systems from now on. `bootstrap.py` calls this once a process."""
     global _systems
     _systems = systems
+    _load_role_images.cache_clear()
 
 
 def systems() -> Systems:
@@ -277,9 +279,21 @@ async def check_identity(job_id: str, route: Route, context: str) -> None:
 
 
 def _role_images(images: Images, route: Route) -> tuple[Protocol, Study, tuple[RoleChoice, ...], RoleImages]:
-    protocol = systems().protocols[route["protocol"]].protocol
-    study, roles = _load(_STUDY, route["study"]), _load(_ROLES, route["roles"])
-    return protocol, study, roles, load_roles(Path(images["folder"]), study, protocol, roles)
+    """The volumes of the protocol's roles. Three steps in a row need them, so the last few are kept in memory; a
+    folder that was fetched again is another folder (its inode and time differ) and is read again."""
+    folder = Path(images["folder"]).stat()
+    return _load_role_images(
+        images["folder"], folder.st_ino, folder.st_mtime_ns, route["protocol"], route["study"], route["roles"]
+    )
+
+
+@lru_cache(maxsize=2)
+def _load_role_images(
+    folder: str, _inode: int, _mtime_ns: int, protocol_name: str, study_digest: str, roles_digest: str
+) -> tuple[Protocol, Study, tuple[RoleChoice, ...], RoleImages]:
+    protocol = systems().protocols[protocol_name].protocol
+    study, roles = _load(_STUDY, study_digest), _load(_ROLES, roles_digest)
+    return protocol, study, roles, load_roles(Path(folder), study, protocol, roles)
 
 
 @DBOS.step()

@@ -16,6 +16,7 @@ from highdicom.sr import (
     QualitativeEvaluation,
     ReferencedSegment,
     RelationshipTypeValues,
+    SourceImageForSegmentation,
     TextContentItem,
     TrackingIdentifier,
     VolumetricROIMeasurementsAndQualitativeEvaluations,
@@ -157,10 +158,24 @@ def _build_group(findings: Findings, finding: Finding, seg: Dataset | None) -> G
     if seg is None or finding.segment_number is None:
         group: Group = MeasurementsAndQualitativeEvaluations(**content)
     else:
-        segment = ReferencedSegment.from_segmentation(seg, finding.segment_number)
+        segment = _referenced_segment(seg, finding.segment_number)
         group = VolumetricROIMeasurementsAndQualitativeEvaluations(referenced_segment=segment, **content)
     group[0].ContentSequence.extend(_texts(finding.assessments, finding.notes))
     return group
+
+
+def _referenced_segment(seg: Dataset, number: int) -> ReferencedSegment:
+    """The segment with the images that its frames came from. Built here because highdicom looks for the segment
+    of a frame per frame only, and a SEG of one segment says it once, in the shared functional groups."""
+    if len(seg.SegmentSequence) > 1:
+        return ReferencedSegment.from_segmentation(seg, number)
+    images = {
+        str(source.ReferencedSOPInstanceUID): str(source.ReferencedSOPClassUID)
+        for frame in seg.PerFrameFunctionalGroupsSequence
+        for source in frame.DerivationImageSequence[0].SourceImageSequence
+    }
+    sources = [SourceImageForSegmentation(kind, uid) for uid, kind in images.items()]
+    return ReferencedSegment(str(seg.SOPClassUID), str(seg.SOPInstanceUID), number, source_images=sources)
 
 
 def _build_study_group(findings: Findings) -> MeasurementsAndQualitativeEvaluations:
