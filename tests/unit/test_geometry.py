@@ -222,7 +222,7 @@ def test_one_slice_makes_no_volume_whatever_the_policy_accepts() -> None:
 
 def test_sheared_stack_is_refused() -> None:
     def shear(by_mm: float) -> list[Instance]:
-        moved = [(i, np.add(i.position_mm, (by_mm * n, 0, 0))) for n, i in enumerate(build_instances())]
+        moved = [(i, np.add(np.array(i.position_mm), (by_mm * n, 0, 0))) for n, i in enumerate(build_instances())]
         return [replace(i, position_mm=as_vector(position)) for i, position in moved]
 
     assert {code for code, _ in refusals(shear(0.4))} == {"sheared-stack"}
