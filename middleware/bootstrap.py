@@ -3,6 +3,7 @@
 import asyncio
 import socket
 import sqlite3
+import tempfile
 from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -127,12 +128,22 @@ class Overrides:
     triton: str = ""
 
 
+def prepare_data_dir(settings: Settings) -> None:
+    """Make the folder of everything remembered. Raises SettingsError where it cannot be made or written."""
+    try:
+        settings.data_dir.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=settings.data_dir):
+            pass
+    except OSError as error:
+        raise SettingsError(f"data_dir {settings.data_dir}: cannot be written: {error.strerror}") from error
+
+
 @asynccontextmanager
 async def open_systems(settings: Settings, overrides: Overrides | None = None) -> AsyncIterator[Systems]:
     """Open every configured system and close it again. Opening connects to nothing yet."""
     overrides = overrides or Overrides()
     async with AsyncExitStack() as stack:
-        settings.data_dir.mkdir(parents=True, exist_ok=True)
+        prepare_data_dir(settings)
         store = Store(open_engine(settings.store_url))
         stack.callback(store.close)
         pacs = _open_pacs(settings)

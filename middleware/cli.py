@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
+from sqlalchemy.exc import DBAPIError
 
 from middleware import app as service
 from middleware import checking, explaining, process, telemetry
@@ -200,12 +201,20 @@ def main() -> None:
     except Exception as error:
         if os.environ.get("WETREAD_DEBUG"):
             raise
-        errors.print(
-            f"[bold red]Unexpected {type(error).__name__}:[/] {escape(str(error))}\n"
-            "Set WETREAD_DEBUG=1 to see where, and report it.",
-            soft_wrap=True,
-        )
+        errors.print(_explain_failure(error), soft_wrap=True)
         sys.exit(process.FAILED)
+
+
+def _explain_failure(error: Exception) -> str:
+    """What failed, in a line or two. A database error is told without its statement, which holds values."""
+    if isinstance(error, OSError):
+        return f"[bold red]A file or connection failed:[/] {escape(str(error))}"
+    if isinstance(error, DBAPIError):
+        return f"[bold red]The database failed:[/] {escape(str(error.orig))}"
+    return (
+        f"[bold red]Unexpected {type(error).__name__}:[/] {escape(str(error))}\n"
+        "Set WETREAD_DEBUG=1 to see where, and report it."
+    )
 
 
 if __name__ == "__main__":

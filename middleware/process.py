@@ -15,7 +15,7 @@ from uuid import uuid4
 from dbos import DBOS, SetWorkflowID
 from pydicom.uid import UID
 
-from middleware.bootstrap import BundleContext, Overrides, open_folder, open_systems, run_workflows
+from middleware.bootstrap import BundleContext, Overrides, open_folder, open_systems, prepare_data_dir, run_workflows
 from middleware.errors import SettingsError, Stopped
 from middleware.intake.images import shorten_list
 from middleware.intake.inbox import accept_study, workflow_id
@@ -100,7 +100,7 @@ def _state(settings: Settings) -> Iterator[Settings]:
     is delivered once), else a folder that goes away."""
     settings = settings.model_copy(update={"retry": _shorter(settings.retry)})
     if settings.pacs or settings.ehr or settings.ris:
-        settings.data_dir.mkdir(parents=True, exist_ok=True)
+        prepare_data_dir(settings)
         with (settings.data_dir / "process.lock").open("w") as lock:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -189,22 +189,33 @@ async def _read(systems: Systems, study_uid: str, protocol: str) -> StudyJob:
 
 
 def write_result(systems: Systems, job: StudyJob, out: Path) -> tuple[Path, ...]:
-    """Write the artifacts of a released (or undeliverable) result, and the trace of any."""
-    written: list[Path] = []
+    """Write the artifacts of a released (or undeliverable) result, and the trace of any: all of them or, with an
+    OSError, none."""
+    contents: dict[str, bytes] = {}
     if job.state == "released":
-        contents = {r.name: systems.artifacts.get(r.digest) for r in systems.store.artifacts(job.job_id, job.revision)}
-        findings = json.loads(systems.artifacts.get(job.facts["findings"]))
-        contents["findings.json"] = (json.dumps(findings, indent=1, ensure_ascii=False) + "\n").encode()
+        records = systems.store.artifacts(job.job_id, job.revision)
+        contents = {r.name: systems.artifacts.get(r.digest) for r in records if not _is_secondary_capture(r.name)}
+        contents["findings.json"] = _pretty(json.loads(systems.artifacts.get(job.facts["findings"])))
+    contents["trace.json"] = _pretty(build_trace(systems, job.job_id))
+    with tempfile.TemporaryDirectory(prefix=".writing-", dir=out) as folder:
         for name, data in contents.items():
-            if name.endswith(".dcm") and name.startswith("key-images/"):
-                continue
-            file = out / name
-            file.parent.mkdir(parents=True, exist_ok=True)
+            file = Path(folder) / name
+            file.parent.mkdir(exist_ok=True)
             file.write_bytes(data)
-            written.append(file)
-    trace = out / "trace.json"
-    trace.write_text(json.dumps(build_trace(systems, job.job_id), indent=1) + "\n", encoding="utf-8")
-    return (*sorted(written), trace)
+        for name in contents:
+            (out / name).parent.mkdir(exist_ok=True)
+            (Path(folder) / name).replace(out / name)
+    written = sorted(out / name for name in contents if name != "trace.json")
+    return (*written, out / "trace.json")
+
+
+def _is_secondary_capture(name: str) -> bool:
+    """Key images are DICOM for the PACS; a person gets their PNG."""
+    return name.startswith("key-images/") and name.endswith(".dcm")
+
+
+def _pretty(value: Any) -> bytes:
+    return (json.dumps(value, indent=1, ensure_ascii=False) + "\n").encode()
 
 
 def run_process(settings: Settings, request: Request) -> Result:

@@ -1,5 +1,6 @@
-"""Runs the `wetread` command as a subprocess, and judges what it left behind."""
+"""Runs the `wetread` command as a process of its own, and judges what it left behind."""
 
+import atexit
 import os
 import signal
 import subprocess
@@ -7,7 +8,10 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+
+from tests.zygote import Zygote
 
 ROOT = Path(__file__).parents[1]
 CLI = (sys.executable, "-m", "middleware.cli")
@@ -45,22 +49,29 @@ def environment(temporary: Path, **more: str) -> dict[str, str]:
     return {**kept, "TMPDIR": str(temporary), "COLUMNS": "200", "PYTHONPATH": str(ROOT), **more}
 
 
+@cache
+def zygote() -> Zygote:
+    """The process that commands are forked from, one a pytest process."""
+    started = Zygote()
+    atexit.register(started.stop)
+    return started
+
+
 def run_wetread(folder: Path, *arguments: object, timeout_s: float = 120.0, **more: str) -> Ended:
-    """Run `wetread ARGUMENTS` in `folder` and wait. Fails where it prints a traceback or leaves anything behind:
-    temporary files, processes or shared memory of its Triton."""
+    """Run `wetread ARGUMENTS` in `folder` (as a fork, see zygote.py) and wait. Fails where it prints a traceback or
+    leaves anything behind: temporary files, processes or shared memory of its Triton."""
     temporary = folder / "tmp"
     temporary.mkdir(parents=True, exist_ok=True)
+    out, err = folder / "stdout", folder / "stderr"
+    for each in (out, err):
+        each.unlink(missing_ok=True)
     began = time.perf_counter()
-    child = start_wetread(folder, *arguments, **more)
-    try:
-        out, err = child.communicate(timeout=timeout_s)
-    finally:
-        if child.poll() is None:
-            child.kill()
-            child.communicate()
-    ended = Ended(child.returncode, out, err, time.perf_counter() - began, child.pid)
+    command = [str(a) for a in arguments]
+    pid = zygote().start("middleware.cli:main", command, folder, environment(temporary, **more), out, err)
+    code = zygote().wait(pid, timeout_s)
+    ended = Ended(code, out.read_text(), err.read_text(), time.perf_counter() - began, pid)
     assert "Traceback" not in ended.said, ended.said
-    assert_nothing_left(child.pid, temporary)
+    assert_nothing_left(pid, temporary)
     return ended
 
 
@@ -124,9 +135,19 @@ def write_config(folder: Path, lines: Sequence[str] | str) -> Path:
     return file
 
 
+def finish(child: "subprocess.Popen[str]", timeout_s: float = 120.0) -> Ended:
+    """Wait until a started command has ended by itself."""
+    began = time.perf_counter()
+    try:
+        out, err = child.communicate(timeout=timeout_s)
+    finally:
+        if child.poll() is None:
+            child.kill()
+            child.communicate()
+    return Ended(child.returncode, out, err, time.perf_counter() - began, child.pid)
+
+
 def interrupt(child: "subprocess.Popen[str]", number: signal.Signals) -> Ended:
     """Send a signal to a started command and wait until it has ended."""
-    began = time.perf_counter()
     child.send_signal(number)
-    out, err = child.communicate(timeout=60)
-    return Ended(child.returncode, out, err, time.perf_counter() - began, child.pid)
+    return finish(child, 60.0)

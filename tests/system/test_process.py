@@ -18,6 +18,7 @@ from tests.commands import (
     assert_no_result,
     assert_no_triton,
     assert_nothing_left,
+    finish,
     interrupt,
     run_wetread,
     start_wetread,
@@ -43,7 +44,11 @@ def by_truth(tmp_path_factory: pytest.TempPathFactory, truth_triton: str) -> tup
 def by_reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[Ended, Path]:
     """The real study read with nothing set at all: the bundled Triton and the reference model."""
     folder = tmp_path_factory.mktemp("by-reference")
-    return run_wetread(folder, "process", REAL_STUDY, "--out", "o"), folder / "o"
+    child = start_wetread(folder, "process", REAL_STUDY, "--out", "o")
+    ended = finish(child)
+    assert "Traceback" not in ended.said, ended.said
+    assert_nothing_left(child.pid, folder / "tmp")
+    return ended, folder / "o"
 
 
 def read_json(file: Path) -> Any:
