@@ -5,6 +5,7 @@ Source: HL7 v2 Transport Specification MLLP, release 1: <VT> message <FS><CR>; V
 
 START = b"\x0b"
 END = b"\x1c\x0d"
+_HEAD_BYTES = 4096
 
 
 class FrameError(ValueError):
@@ -36,6 +37,11 @@ class FrameDecoder:
     def pending_bytes(self) -> int:
         """Bytes of a frame that has started and not ended."""
         return len(self._buffer) if self._inside else 0
+
+    @property
+    def head(self) -> bytes:
+        """The first bytes of the frame that has not ended, or was too large: enough for its MSH."""
+        return bytes(self._buffer[:_HEAD_BYTES])
 
     def feed(self, data: bytes) -> list[bytes]:
         """The messages that these bytes complete, oldest first."""
