@@ -216,6 +216,7 @@ def _lesion(label: int, answer: Answer, reading: Reading, blanks: list[Blank]) -
     assessment = _assess(answer["scores"][label - 1], zone, blanks, tracking_id)
     diameter = next(_round(m).value for m in measurements if m.key == "diameter_in_plane")
     notes.extend(n for n in (pirads_v2_1.size_note(assessment.score, diameter),) if n)
+    notes.extend(n for n in (_coverage_note(mask, reading),) if n)
     if gland.any() and not (mask & gland).any():
         notes.append("Lies outside the gland that the model drew. Please check.")
     return Finding(
@@ -286,6 +287,13 @@ def _adc_measurements(mask: Mask, reading: Reading, blanks: list[Blank], trackin
             "adc_p10", "10th percentile ADC", codes.ADC, tenth, codes.ADC_UNIT, 0, None, codes.TENTH_PERCENTILE
         ),
     ]
+
+
+def _coverage_note(mask: Mask, reading: Reading) -> str | None:
+    """A sentence where the ADC map reaches only a part of the lesion, so that its values stand for that part."""
+    volume = reading.volumes.get(reading.protocol.measure.adc_role)
+    share = float(np.isfinite(volume.array[mask]).mean()) if volume is not None else 0.0
+    return f"ADC was measured on {share:.0%} of it; the map does not reach the rest." if 0 < share < 1 else None
 
 
 def _assess(scores: npt.NDArray[Any], zone: Zone | None, blanks: list[Blank], tracking_id: str) -> Assessment:
