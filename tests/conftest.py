@@ -11,7 +11,6 @@ import pytest
 
 from deploy.hospital.ehr import RunningEhr, start_ehr
 from deploy.hospital.pacs import RunningOrthanc, start_orthanc
-from deploy.hospital.ris import Behaviour
 from deploy.hospital.ris_process import RunningRis, start_ris
 from deploy.triton.bundled import BundledTriton
 from tests.fixtures.triton_truth import build_truth_repository
@@ -52,19 +51,11 @@ def ehr(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningEhr]:
         yield server
 
 
-@pytest.fixture(scope="session")
-def running_ris(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningRis]:
-    """The simulator's RIS as a process."""
+@pytest.fixture
+def ris(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningRis]:
+    """The simulator's RIS as a process of its own, with nothing received."""
     with start_ris(tmp_path_factory.mktemp("ris")) as server:
         yield server
-
-
-@pytest.fixture
-def ris(running_ris: RunningRis) -> Iterator[RunningRis]:
-    """The RIS, well-behaved before and after each test."""
-    running_ris.behave(Behaviour.ACCEPT)
-    yield running_ris
-    running_ris.behave(Behaviour.ACCEPT)
 
 
 @pytest.fixture

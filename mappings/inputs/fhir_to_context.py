@@ -45,6 +45,9 @@ NOTE_KINDS = {
 REFUSED_STATUSES = frozenset({"entered-in-error", "cancelled", "refuted", "inactive", "resolved", "registered"})
 """Statuses (of record, verification and clinical course) that make a note no statement about the patient now."""
 
+WITHDRAWN = frozenset({"entered-in-error", "revoked"})
+"""Statuses of an order that nobody wants carried out (FHIR R4 request-status)."""
+
 OWN_REPORTS = "urn:wetread:report"
 """Identifier system of Wetread's own reports (mappings.outputs.fhir_elements): they are not priors."""
 
@@ -167,7 +170,7 @@ def _choose_order(records: Sequence[Record], accession_number: str, missing: lis
         missing.append("order: the study has no accession number")
         return None
     found = _find_orders(records, accession_number)
-    usable = [order for order in found if order.status not in ("entered-in-error", "revoked")]
+    usable = [order for order in found if order.status not in WITHDRAWN]
     for order in found:
         if order not in usable:
             missing.append(f"order: {order.reference} not used, its status is {order.status!r}")
@@ -177,6 +180,18 @@ def _choose_order(records: Sequence[Record], accession_number: str, missing: lis
     elif not found:
         missing.append("order: none with the accession number of the study")
     return usable[0] if len(usable) == 1 else None
+
+
+def _find_conflicts(records: Sequence[Record], mine: Sequence[Record], accession_number: str) -> tuple[str, ...]:
+    """Why the orders of this accession number speak against a result for this patient: none of them is theirs,
+    or all are withdrawn."""
+    found = _find_orders(records, accession_number) if accession_number else []
+    theirs = [order for order in found if any(order.reference == r.reference for r in mine)]
+    if found and not theirs:
+        return ("the order of this accession number belongs to another patient",)
+    if theirs and all(order.status in WITHDRAWN for order in theirs):
+        return (f"the order of this accession number is {theirs[0].status}",)
+    return ()
 
 
 def _read_labs(records: Sequence[Record], missing: list[str]) -> tuple[ContextValue, ...]:
@@ -272,7 +287,8 @@ def fhir_to_context(
         missing.append(f"order: {order.reference} not used, it is not this patient's")
         order = None
     labs, notes = _read_labs(mine, missing), _read_notes(mine, accession_number)
-    return ClinicalContext(source, patient, order, labs, notes, tuple(dict.fromkeys(missing)))
+    conflicts = _find_conflicts(records, mine, accession_number)
+    return ClinicalContext(source, patient, order, labs, notes, tuple(dict.fromkeys(missing)), conflicts)
 
 
 def latest_psa(context: ClinicalContext, on: date, maximum_age_days: int) -> tuple[ContextValue | None, str]:

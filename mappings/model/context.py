@@ -67,7 +67,8 @@ class ContextNote:
 @dataclass(frozen=True)
 class ClinicalContext:
     """All context gathered for one study. `source` names the system; `missing` names what was looked for and
-    not found, or refused, with the reason."""
+    not found, or refused, with the reason. `conflicts` says where the source contradicts the images about whose
+    study it is, without patient data: a person must look before anything is released."""
 
     source: str
     patient: ContextPatient | None = None
@@ -75,3 +76,4 @@ class ClinicalContext:
     labs: tuple[ContextValue, ...] = ()
     notes: tuple[ContextNote, ...] = ()
     missing: tuple[str, ...] = ()
+    conflicts: tuple[str, ...] = ()

@@ -25,9 +25,4 @@ def find_disagreements(study: Study, context: ClinicalContext, *, context_expect
     sex = _SEX_OF_GENDER.get(patient.gender)
     if study.patient.sex in ("M", "F", "O") and sex and study.patient.sex != sex:
         reasons.append(f"the sex in the images differs from the one in {context.source}")
-    order = context.order
-    if order and order.patient_reference and order.patient_reference != patient.reference:
-        reasons.append(f"the order of this accession number belongs to another patient in {context.source}")
-    if order and order.status in ("revoked", "entered-in-error"):
-        reasons.append(f"the order of this accession number is {order.status} in {context.source}")
-    return tuple(reasons)
+    return (*reasons, *(f"{conflict} in {context.source}" for conflict in context.conflicts))
