@@ -87,7 +87,7 @@ async def process_study(settings: Settings, request: Request) -> Result:
             async with run_workflows(systems, executor_id="process", listen=False):
                 job = await _read(systems, study_uid, request.protocol)
             files = write_result(systems, job, request.out)
-            deliveries = tuple(systems.store.deliveries(job_id=job.job_id))
+            deliveries = _deliveries_of(systems, job)
     exit_code = EXIT_CODES[job.state]
     if exit_code == DONE and any(d.state != "delivered" for d in deliveries):
         exit_code = UNDELIVERED
@@ -181,11 +181,17 @@ async def _read(systems: Systems, study_uid: str, protocol: str) -> StudyJob:
     job, _ = accept_study(systems.store, study_uid, source="process", key=uuid4().hex, now=systems.now())
     with SetWorkflowID(workflow_id(job)):
         handle = await DBOS.start_workflow_async(read_study, job.job_id, study_uid, protocol)
-    await handle.get_result(polling_interval_sec=0.05)
-    for destination in dict.fromkeys(d.destination for d in systems.store.deliveries(job_id=job.job_id)):
+    state = await handle.get_result(polling_interval_sec=0.05)
+    sent = _deliveries_of(systems, systems.store.job(job.job_id)) if state == "released" else ()
+    for destination in dict.fromkeys(d.destination for d in sent if d.destination in systems.configured()):
         delivering: Any = await DBOS.retrieve_workflow_async(f"{workflow_id(job)}/{destination}")
         await delivering.get_result(polling_interval_sec=0.05)
     return systems.store.job(job.job_id)
+
+
+def _deliveries_of(systems: Systems, job: StudyJob) -> tuple[Delivery, ...]:
+    """The deliveries of the job's present revision."""
+    return tuple(d for d in systems.store.deliveries(job_id=job.job_id) if d.revision == job.revision)
 
 
 def write_result(systems: Systems, job: StudyJob, out: Path) -> tuple[Path, ...]:

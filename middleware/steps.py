@@ -31,7 +31,7 @@ from middleware import telemetry
 from middleware.errors import Stopped
 from middleware.intake.identity import find_disagreements
 from middleware.intake.images import RoleImages, check_roles, load_roles, read_study
-from middleware.intake.inbox import run_started_at
+from middleware.intake.inbox import run_started_at, workflow_id
 from middleware.ports import ContextSource
 from middleware.release.deliveries import (
     Outcome,
@@ -475,11 +475,15 @@ async def plan_release(job_id: str, route: Route, findings: str) -> list[str]:
 
 
 @DBOS.step()
-async def conclude(job_id: str, state: str, reasons: list[str]) -> None:
-    """Remember how the reading ended."""
-    systems().store.update_job(job_id, systems().now(), state=state, reasons=reasons)
+async def conclude(job_id: str, workflow: str, state: str, reasons: list[str]) -> str:
+    """Remember how this run ended; the id of the next run's workflow where an event came meanwhile, else empty."""
+    store = systems().store
+    if workflow_id(store.job(job_id)) != workflow:  # concluded before a restart; the next run is known already
+        return workflow_id(store.job(job_id))
+    is_asked_again = store.conclude_job(job_id, systems().now(), state, reasons)
     telemetry.JOBS.labels(state).inc()
     telemetry.log("reading ended", job_id=job_id, state=state)
+    return workflow_id(store.job(job_id)) if is_asked_again else ""
 
 
 # Deliveries

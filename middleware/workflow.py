@@ -13,6 +13,9 @@ from middleware.errors import Stopped
 @DBOS.workflow()
 async def read_study(job_id: str, study_uid: str, wanted_protocol: str = "") -> str:
     """Read one study and release the result to every destination; the state in which the reading ended."""
+    destinations: list[str] = []
+    ended: str = "released"
+    reasons: tuple[str, ...] = ()
     try:
         images = await steps.fetch_images(job_id, study_uid)
         route = await steps.choose_protocol(job_id, study_uid, images, wanted_protocol)
@@ -24,18 +27,19 @@ async def read_study(job_id: str, study_uid: str, wanted_protocol: str = "") -> 
         await steps.validate(job_id, findings, answered)
         destinations = await steps.plan_release(job_id, route, findings)
     except Stopped as stop:
-        await steps.conclude(job_id, stop.state, list(stop.reasons))
-        return stop.state
+        ended, reasons = stop.state, stop.reasons
     except error.DBOSException:
         raise
     except Exception as fault:
-        await steps.conclude(job_id, "failed", [f"unexpected {type(fault).__name__}: {fault}"])
-        return "failed"
+        ended, reasons = "failed", (f"unexpected {type(fault).__name__}: {fault}",)
     for destination in destinations:
         with SetWorkflowID(f"{DBOS.workflow_id}/{destination}"):
             await DBOS.start_workflow_async(deliver, job_id, destination)
-    await steps.conclude(job_id, "released", [])
-    return "released"
+    next_run = await steps.conclude(job_id, DBOS.workflow_id or "", ended, list(reasons))
+    if next_run:  # something happened to the study while it was being read
+        with SetWorkflowID(next_run):
+            await DBOS.start_workflow_async(read_study, job_id, study_uid, wanted_protocol)
+    return ended
 
 
 @DBOS.workflow()

@@ -27,6 +27,11 @@ def open_engine(url: str) -> Engine:
     return engine
 
 
+def _start_next_run(job: StudyJob, at: datetime) -> None:
+    run = {"run": int(job.facts.get("run", 1)) + 1, "run_started_at": at.isoformat()}
+    job.state, job.reasons, job.facts, job.updated_at = "accepted", [], {**job.facts, **run}, at
+
+
 class Store:
     """Wetread's memory. Methods take and give table rows, detached and safe to read."""
 
@@ -82,12 +87,24 @@ class Store:
                     updated_at=happened.received_at,
                 )
             elif job.state in ended:
-                run = {"run": int(job.facts.get("run", 1)) + 1, "run_started_at": happened.received_at.isoformat()}
-                job.state, job.reasons, job.facts = "accepted", [], {**job.facts, **run}
-                job.updated_at = happened.received_at
+                _start_next_run(job, happened.received_at)
+            elif job.state == "reading":  # the images of this run may be fetched already: read once more after it
+                job.facts = {**job.facts, "again_at": happened.received_at.isoformat()}
             session.add(job)
             session.add(StudyEvent(**happened.model_dump()))
             return job, True
+
+    def conclude_job(self, job_id: str, now: datetime, state: str, reasons: Sequence[str]) -> bool:
+        """Remember how a run ended; True where an event came meanwhile, so that the next run is accepted instead."""
+        with self._changing() as session:
+            job = self._existing_job(session, job_id, for_update=True)
+            job.state, job.reasons, job.updated_at = state, list(reasons), now
+            asked_at = job.facts.get("again_at")
+            if asked_at:
+                job.facts = {key: value for key, value in job.facts.items() if key != "again_at"}
+                _start_next_run(job, datetime.fromisoformat(asked_at))
+            session.add(job)
+            return bool(asked_at)
 
     def _existing_job(self, session: Session, job_id: str, *, for_update: bool = False) -> StudyJob:
         job = session.get(StudyJob, job_id, with_for_update=for_update or None)
