@@ -1,6 +1,7 @@
 """The one composition root: settings in, running systems out. Only this module knows connectors' clients."""
 
 import asyncio
+import gc
 import socket
 import sqlite3
 import tempfile
@@ -23,6 +24,7 @@ from connectors.triton.client import TensorSpec, TritonClient
 from connectors.triton.config import TritonConfig
 from deploy.triton.bundled import BundledTriton, BundledTritonError
 from mappings.model.protocol import Model, Tensor
+from mappings.outputs.dicom_header import load_dicom_tables
 from mappings.outputs.findings_to_draft import draft_environment
 from middleware import steps
 from middleware.errors import SettingsError
@@ -199,6 +201,8 @@ async def run_workflows(systems: Systems, *, executor_id: str = "", listen: bool
     settings = systems.settings
     _prepare_sqlite(settings.workflow_url)
     steps.use(systems)
+    if listen:
+        await asyncio.to_thread(_warm_up, systems)
     config = DBOSConfig(
         name="wetread",
         system_database_url=settings.workflow_url,
@@ -224,14 +228,19 @@ async def run_workflows(systems: Systems, *, executor_id: str = "", listen: bool
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor())
 
 
+def _warm_up(systems: Systems) -> None:
+    """Load before the first study what is loaded once: highdicom's tables and the templates. They are half a
+    million objects that live as long as the process, so the garbage collector need not look at them again."""
+    load_dicom_tables()
+    for name in systems.templates.list_templates(extensions=["j2"]):
+        systems.templates.get_template(name)
+    gc.collect()
+    gc.freeze()
+
+
 def _prepare_sqlite(url: str) -> None:
     """DBOS leaves SQLite's journal as it finds it; the write-ahead log lets readers and a writer work at once."""
     if url.startswith("sqlite:///"):
         connection = sqlite3.connect(url.removeprefix("sqlite:///"))
         connection.execute("PRAGMA journal_mode=WAL")
         connection.close()
-
-
-def with_folder_state(settings: Settings, data_dir: Path) -> Settings:
-    """Settings whose databases, spool and artifacts live in `data_dir`."""
-    return settings.model_copy(update={"data_dir": data_dir, "database_url": "", "artifacts_url": ""})

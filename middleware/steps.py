@@ -423,7 +423,8 @@ def _addresses() -> Addresses:
 def _render(job_id: str, images: Images, route: Route, answered: Answered, findings: str) -> list[ArtifactRecord]:
     protocol, _, _, loaded = _role_images(images, route)
     result = _load(_FINDINGS, findings)
-    masks = {name: _kept_arrays(answered["arrays"])[name] for name in ("gland", "zones", "lesions")}
+    arrays = _kept_arrays(answered["arrays"])
+    masks = {name: arrays[name] for name in ("gland", "zones", "lesions")}
     rendered = render_all(result, protocol, masks, loaded, systems().templates, _addresses())
     return [
         ArtifactRecord(

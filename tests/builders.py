@@ -60,12 +60,8 @@ def build_context(**changes: object) -> ClinicalContext:
             priority="routine",
             status="active",
         ),
-        "labs": (
-            ContextValue(codes.PSA, 13.0, "ng/mL", datetime(2026, 2, 1, 8, tzinfo=UTC), "Observation/psa1"),
-        ),
-        "notes": (
-            ContextNote("condition", "Benign prostatic hyperplasia", "Condition/c1", date(2024, 1, 1)),
-        ),
+        "labs": (ContextValue(codes.PSA, 13.0, "ng/mL", datetime(2026, 2, 1, 8, tzinfo=UTC), "Observation/psa1"),),
+        "notes": (ContextNote("condition", "Benign prostatic hyperplasia", "Condition/c1", date(2024, 1, 1)),),
     }
     return ClinicalContext(**{**values, **changes})  # type: ignore[arg-type]
 
@@ -105,9 +101,7 @@ def build_lesion(number: int = 1, side: Code = codes.RIGHT, score: str = "4") ->
                 codes.MM,
                 1,
             ),
-            Measurement(
-                "diameter_3d", "Longest diameter in 3D", codes.LONGEST_DIAMETER_3D, 12.1, codes.MM, 1
-            ),
+            Measurement("diameter_3d", "Longest diameter in 3D", codes.LONGEST_DIAMETER_3D, 12.1, codes.MM, 1),
             Measurement("adc_mean", "Mean ADC", codes.ADC, 812.0, codes.ADC_UNIT, 0, None, codes.MEAN),
             Measurement(
                 "adc_p10",
@@ -157,20 +151,14 @@ def build_lesion(number: int = 1, side: Code = codes.RIGHT, score: str = "4") ->
 def build_gland(density: float | None = 0.26) -> Finding:
     """The whole gland with volumes, diameters and, unless None, the PSA density."""
     measurements = [
-        Measurement(
-            "volume_voxels", "Volume by voxel count", codes.VOLUME, 44.3, codes.ML, 1, codes.SEGMENTED_VOXELS
-        ),
-        Measurement(
-            "volume_ellipsoid", "Volume by ellipsoid", codes.VOLUME, 50.0, codes.ML, 1, codes.ELLIPSOID
-        ),
+        Measurement("volume_voxels", "Volume by voxel count", codes.VOLUME, 44.3, codes.ML, 1, codes.SEGMENTED_VOXELS),
+        Measurement("volume_ellipsoid", "Volume by ellipsoid", codes.VOLUME, 50.0, codes.ML, 1, codes.ELLIPSOID),
         Measurement("diameter_transverse", "Transverse diameter", codes.WIDTH, 52.0, codes.MM, 1),
         Measurement("diameter_ap", "Anteroposterior diameter", codes.HEIGHT, 41.0, codes.MM, 1),
         Measurement("diameter_si", "Craniocaudal length", codes.LENGTH, 45.0, codes.MM, 1),
     ]
     if density is not None:
-        measurements.append(
-            Measurement("psa_density", "PSA density", codes.PSA_DENSITY, density, codes.NG_ML_ML, 2)
-        )
+        measurements.append(Measurement("psa_density", "PSA density", codes.PSA_DENSITY, density, codes.NG_ML_ML, 2))
     return Finding(
         tracking_id="gland",
         tracking_uid=derive_uid("test-job", "finding", "gland"),
@@ -196,9 +184,7 @@ def build_segments(lesions: tuple[Finding, ...]) -> tuple[Segment, ...]:
     return (
         Segment(1, "Prostate gland", "gland", 1, anatomy, codes.PROSTATE, "gland", gland.tracking_uid),
         *(
-            Segment(
-                n, name, "zones", label, anatomy, code, f"zone-{label}", derive_uid("test-job", "zone", label)
-            )
+            Segment(n, name, "zones", label, anatomy, code, f"zone-{label}", derive_uid("test-job", "zone", label))
             for n, name, code, label in zone_names
         ),
         *(
@@ -238,9 +224,7 @@ def build_findings(*, lesions: tuple[Finding, ...] | None = None, **changes: obj
         "model": ModelIdentity("prostate_reference", "1", "Wetread project", "Reference for wiring"),
         "context": context,
         "roles": (
-            RoleChoice(
-                "t2w", "T2-weighted axial", True, T2W_UID, "4 t2_tse_tra", ("chosen: axial, spin echo",)
-            ),
+            RoleChoice("t2w", "T2-weighted axial", True, T2W_UID, "4 t2_tse_tra", ("chosen: axial, spin echo",)),
             RoleChoice("dce", "Dynamic contrast", False, None, "", ("no series carries contrast",)),
         ),
         "findings": (build_gland(), *lesions),

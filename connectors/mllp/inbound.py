@@ -116,9 +116,12 @@ class InboundConnection:
 
     async def write(self, frame: bytes) -> None:
         """Sends a framed answer. Raises Dropped if the peer does not take it in time, or is gone."""
+        transport = self._writer.transport
+        self._writer.write(frame)
+        if not (transport.get_write_buffer_size() or transport.is_closing()):
+            return
         try:
             async with asyncio.timeout(self._config.write_timeout_s):
-                self._writer.write(frame)
                 await self._writer.drain()
         except TimeoutError as error:
             limit = f"write_timeout_s={self._config.write_timeout_s:g}"

@@ -91,12 +91,11 @@ class PsaPolicy:
 
 @dataclass(frozen=True)
 class Measure:
-    """What to measure; `lesion_minimum_voxels` drops specks that no one could point at."""
+    """What to measure: the role whose grid everything lies on, the role that holds ADC, and which PSA counts."""
 
     reference_role: str
     adc_role: str
     psa: PsaPolicy = field(default_factory=PsaPolicy)
-    lesion_minimum_voxels: int = 1
 
 
 @dataclass(frozen=True)

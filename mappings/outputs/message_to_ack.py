@@ -118,11 +118,11 @@ def _answer_version(header: Header) -> str:
 
 
 def _write_msh(header: Header, now: datetime, control_id: str) -> str:
-    """MSH with the parties the other way round."""
+    """MSH with the parties the other way round. MSH-9 of v2.3 has no structure, and ACK no trigger of its own."""
     encoding = header.encoding
     sender, facility, receiver, receiving_facility = (drop_controls(party) for party in header.parties)
     version = _answer_version(header)
-    kind = ["ACK", _escape(header.trigger, encoding), *(["ACK"] if version != "2.3" else [])]
+    kind = ("ACK",) if version == "2.3" else ("ACK", _escape(header.trigger, encoding), "ACK")
     quiet = "NE" if is_enhanced(header) else ""
     return _join(
         encoding,
@@ -134,7 +134,7 @@ def _write_msh(header: Header, now: datetime, control_id: str) -> str:
         facility,
         format_time(now),
         "",
-        encoding.component.join(kind) if header.trigger else "ACK",
+        encoding.component.join(kind),
         _escape(control_id, encoding),
         _escape(header.processing_id, encoding) or "P",
         version,

@@ -6,6 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from connectors.mllp.listener_config import MllpListenerConfig
+from tests.unit.test_connectors_checklists import ROOT, checklist, defined_in
 
 TLS = {"tls": True, "cert_file": __file__}
 
@@ -46,3 +47,11 @@ def test_every_setting_says_what_it_is_and_secrets_are_not_printed() -> None:
     assert [name for name, field in MllpListenerConfig.model_fields.items() if not field.description] == []
     config = MllpListenerConfig.model_validate({**TLS, "key_password": "s3cret"})
     assert "s3cret" not in f"{config!r} {config.model_dump_json()}"
+
+
+def test_listener_part_of_the_checklist_names_tests_that_exist() -> None:
+    for name, item in checklist("mllp").items():
+        path, _, test = item["listener"].partition("::")
+        if not path.startswith("exempt: "):
+            assert (ROOT / path).is_file(), name
+            assert not test or test in defined_in(ROOT / path), name
