@@ -4,6 +4,7 @@ import json
 import logging
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,12 +29,12 @@ class _JsonLines(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
         fields = getattr(record, "fields", {})
         line = {"at": self.formatTime(record), "level": record.levelname, "event": record.getMessage(), **fields}
-        return json.dumps(line)
+        return json.dumps(line, default=repr)
 
 
 def configure_logging(level: str = "INFO") -> None:
-    """JSON lines on standard error. Libraries speak only from WARNING on, and never through their messages of
-    requests (which hold URLs with patient identifiers)."""
+    """JSON lines on standard error. Libraries speak only from ERROR on, and pydicom's warnings not at all: requests'
+    URLs hold patient identifiers, and a warning quotes the value that it finds odd."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(_JsonLines())
     _logger.handlers = [handler]
@@ -41,6 +42,7 @@ def configure_logging(level: str = "INFO") -> None:
     _logger.propagate = False
     for name in ("httpx", "httpcore", "dbos", "pydicom", "highdicom", "dicomweb_client", "urllib3", "sqlalchemy"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(pydicom|highdicom)\b")
 
 
 def log(event: str, **fields: object) -> None:
