@@ -45,7 +45,7 @@ def find_codec(names: Iterable[str]) -> str:
 
 
 def decode_text(raw: bytes, declared: list[str], default_codec: str) -> tuple[str, str, tuple[str, ...]]:
-    """The text, the codec for hexadecimal escapes and for the answer, and what was odd.
+    """The text, the codec for hexadecimal escapes and for the answer (MSH's own), and what was odd.
 
     `declared` are MSH-18's repetitions, empty where it says nothing: then `default_codec` is tried first.
     """
@@ -62,9 +62,10 @@ def decode_text(raw: bytes, declared: list[str], default_codec: str) -> tuple[st
     try:
         return raw.decode(codec), codec, tuple(warnings)
     except UnicodeError:
-        text = "\n".join(_decode_line(line, codec) for line in _split_lines(raw))
+        lines = [_decode_line(line, codec) for line in _split_lines(raw)]
     said = f"MSH-18 says {codec}" if stated else f"MSH-18 is empty and {codec} was tried"
-    return text, codec, (*warnings, f"{said}, but not all bytes are; those lines were read as UTF-8 or else cp1252")
+    warnings.append(f"{said}, but not all bytes are; those lines were read as UTF-8 or else cp1252")
+    return "\n".join(text for text, _ in lines), lines[0][1], tuple(warnings)
 
 
 def _quote(declared: list[str]) -> str:
@@ -76,11 +77,11 @@ def _split_lines(raw: bytes) -> list[bytes]:
     return raw.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
 
 
-def _decode_line(line: bytes, codec: str) -> str:
-    """Each line by itself, so that one wrong byte does not garble every other name."""
+def _decode_line(line: bytes, codec: str) -> tuple[str, str]:
+    """A line's text and codec. Each by itself, so that one wrong byte does not garble every other name."""
     for name in (codec, "utf-8", "cp1252"):
         try:
-            return line.decode(name)
+            return line.decode(name), name
         except UnicodeError:
             continue
-    return line.decode("latin-1")
+    return line.decode("latin-1"), "latin-1"

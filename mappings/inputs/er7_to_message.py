@@ -29,7 +29,8 @@ MAX_BYTES = 32 * 1024 * 1024
 MAX_CONTROL_ID_LENGTH = 199
 """MSH-10 of v2.7 and later; 20 before, which many senders exceed."""
 
-_AROUND = b"\x00\t\n\v\r\x1c "
+_BEFORE = b"\x00\t\n\v\r\x1c "
+_AFTER = b"\x00\n\v\r\x1c"
 _WIDE_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE, b"\x00\x00\xfe\xff")
 _WIDE_STARTS = (b"M\x00S\x00H\x00", b"\x00M\x00S\x00H")
 _CONTROLS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]")
@@ -84,10 +85,10 @@ def _trim(raw: bytes) -> tuple[bytes, list[str]]:
     if raw.startswith(_WIDE_MARKS) or raw.startswith(_WIDE_STARTS):
         reason = "the message is UTF-16 or UTF-32, which MLLP cannot carry; send UTF-8"
         raise UnreadableMessage(reason, error_code="102")
-    body = raw.strip(_AROUND)
+    body = raw.lstrip(_BEFORE).rstrip(_AFTER)
     warnings = []
     if body.startswith(codecs.BOM_UTF8):
-        body = body[len(codecs.BOM_UTF8) :].lstrip(_AROUND)
+        body = body[len(codecs.BOM_UTF8) :].lstrip(_BEFORE)
         warnings.append("a byte order mark stands before MSH")
     if body.startswith(b"MSH"):
         return body, warnings

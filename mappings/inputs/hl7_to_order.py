@@ -133,12 +133,14 @@ def split_orders(message: Message) -> Iterator[OrderGroup]:
 
 
 def read_numbers(group: OrderGroup, site: Site, remarks: Remarks) -> OrderNumbers:
-    """What names the order; what ORC, OBR, IPC and ZDS state differently is a problem and left empty."""
+    """What names the order. What is stated in several places differently is a problem and left empty; so is an
+    order that nothing names."""
     orc, obr = group.orc, group.obr
+    problems_before = len(remarks.problems)
     placer = agree_on_identifier(_places(((orc, 2), (obr, 2)), remarks), "placer order number", remarks)
     filler = agree_on_identifier(_places(((orc, 3), (obr, 3)), remarks), "filler order number", remarks)
     accession = agree_on_identifier(_places(_accession_fields(group, site), remarks), "accession number", remarks)
-    return OrderNumbers(
+    numbers = OrderNumbers(
         placer_order_number=placer.value,
         placer_authority=placer.system,
         filler_order_number=filler.value,
@@ -147,6 +149,9 @@ def read_numbers(group: OrderGroup, site: Site, remarks: Remarks) -> OrderNumber
         accession_authority=accession.system,
         study_instance_uid=_read_study_uid(group, remarks),
     )
+    if numbers == OrderNumbers() and len(remarks.problems) == problems_before:
+        remarks.problem("no placer, filler or accession number and no Study Instance UID")
+    return numbers
 
 
 def _places(fields: Iterable[tuple[Segment, int]], remarks: Remarks) -> list[tuple[str, Identifier]]:
@@ -161,25 +166,21 @@ def _accession_fields(group: OrderGroup, site: Site) -> Iterator[tuple[Segment, 
                 yield segment, int(number)
 
 
+def states_study_uid(obx: Segment) -> bool:
+    """Whether an observation is the Study Instance UID (PS3.16: DCM 110180; 113014, the study, is used as well)."""
+    return obx.text(3) in ("110180", "113014") and obx.text(3, 3) == "DCM"
+
+
 def _read_study_uid(group: OrderGroup, remarks: Remarks) -> str:
-    places = [*((ipc, 3) for ipc in group.named("IPC")), *((zds, 1) for zds in group.named("ZDS"))]
+    places = [
+        *((ipc, 3) for ipc in group.named("IPC")),
+        *((zds, 1) for zds in group.named("ZDS")),
+        *((obx, 5) for obx in group.named("OBX") if states_study_uid(obx)),
+    ]
     uids = {read_uid(segment.text(number), f"{segment.name}-{number}", remarks) for segment, number in places} - {""}
     if len(uids) > 1:
-        remarks.problem("several different Study Instance UIDs in IPC-3 and ZDS-1")
+        remarks.problem("different Study Instance UIDs are stated (IPC-3, ZDS-1, OBX-5)")
     return uids.pop() if len(uids) == 1 else ""
-
-
-def require_number(numbers: OrderNumbers, remarks: Remarks) -> None:
-    """A problem where nothing names the order."""
-    if not any(
-        (
-            numbers.placer_order_number,
-            numbers.filler_order_number,
-            numbers.accession_number,
-            numbers.study_instance_uid,
-        )
-    ):
-        remarks.problem("no placer, filler or accession number and no Study Instance UID")
 
 
 def _read_status(group: OrderGroup, remarks: Remarks) -> OrderStatus:
@@ -287,7 +288,6 @@ def _to_event(group: OrderGroup, person: _Person, message: Message, site: Site) 
     if not code:
         remarks.problem("ORC-1 (order control) is missing")
     numbers = read_numbers(group, site, remarks)
-    require_number(numbers, remarks)
     held = group.orc.text(5).strip().upper() == "HD"
     control, status = _settle(CONTROLS.get(code, "status"), _read_status(group, remarks), held, remarks)
     orc, obr = group.orc, group.obr

@@ -1,6 +1,6 @@
 """ORU^R01 to report events: one for each OBR.
 
-Sources: HL7 v2.5.1 chapters 4 (OBR-25, table 0123) and 7 (OBX, ORU); DICOM PS3.16 (110180 Study Instance UID).
+Sources: HL7 v2.5.1 chapters 4 (OBR-25, table 0123) and 7 (OBX, ORU).
 """
 
 from collections.abc import Iterator
@@ -11,17 +11,14 @@ from itertools import chain, pairwise
 from mappings.inputs.hl7_elements import (
     Remarks,
     Site,
-    agree_on_identifier,
     read_code,
     read_first_time,
     read_patient,
     read_prose,
     read_time,
-    read_uid,
 )
-from mappings.inputs.hl7_to_order import OrderGroup, read_numbers, require_number, split_orders
-from mappings.model.context import Identifier
-from mappings.model.events import OrderNumbers, ReportEvent, ReportStatus, UnhandledEvent
+from mappings.inputs.hl7_to_order import OrderGroup, read_numbers, split_orders, states_study_uid
+from mappings.model.events import ReportEvent, ReportStatus, UnhandledEvent
 from mappings.model.message import NULL, Message, Segment, unescape
 
 STATUS_OF_OBR_25: dict[str, ReportStatus] = {"P": "P", "R": "P", "A": "P", "F": "F", "C": "C", "X": "X"}
@@ -30,8 +27,6 @@ NO_RESULT_YET = frozenset("OIS")
 _TEXT_TYPES = frozenset({"TX", "FT", "ST"})
 _CODED_TYPES = frozenset({"CE", "CWE", "CNE"})
 _WITHDRAWN = frozenset("DWX")
-_STUDY_UID_CODES = frozenset({"110180", "113014"})
-"""DCM 110180 Study Instance UID; 113014 (DICOM Study) is used for it as well."""
 
 
 def message_to_reports(message: Message, site: Site) -> tuple[ReportEvent | UnhandledEvent, ...]:
@@ -60,8 +55,7 @@ def _to_event(group: OrderGroup, pid: Segment, message: Message, site: Site) -> 
     if stated not in STATUS_OF_OBR_25:
         remarks.problem("OBR-25 (result status) is missing or of another table: preliminary or final?")
     patient, identifiers = read_patient(pid, site, remarks)
-    numbers = _read_numbers(group, observations, site, remarks)
-    require_number(numbers, remarks)
+    numbers = read_numbers(group, site, remarks)
     event = ReportEvent(
         **vars(numbers),
         status=STATUS_OF_OBR_25.get(stated, ""),
@@ -78,17 +72,6 @@ def _to_event(group: OrderGroup, pid: Segment, message: Message, site: Site) -> 
 def _read_observed_at(obr: Segment, observations: list[Segment], site: Site) -> datetime | None:
     stated = chain((obr.text(7),), (obx.text(14) for obx in observations))
     return next((time for time in (read_time(value, site.zone) for value in stated) if time), None)
-
-
-def _read_numbers(group: OrderGroup, observations: list[Segment], site: Site, remarks: Remarks) -> OrderNumbers:
-    """The order's numbers, with the Study Instance UID also from an OBX that states it."""
-    numbers = read_numbers(group, site, remarks)
-    stated = [
-        read_uid(obx.text(5), "OBX-5 (Study Instance UID)", remarks) for obx in observations if _states_study_uid(obx)
-    ]
-    found = [("IPC-3 or ZDS-1", numbers.study_instance_uid), *(("OBX-5", uid) for uid in stated)]
-    uid = agree_on_identifier(((place, Identifier(value)) for place, value in found), "Study Instance UID", remarks)
-    return replace(numbers, study_instance_uid=uid.value)
 
 
 def _read_report(group: OrderGroup, remarks: Remarks) -> str:
@@ -108,7 +91,7 @@ def _read_report(group: OrderGroup, remarks: Remarks) -> str:
 
 def _read_observation(obx: Segment, remarks: Remarks) -> Iterator[str]:
     kind = obx.text(2).strip().upper()
-    if obx.text(11).strip().upper() in _WITHDRAWN or _states_study_uid(obx):
+    if obx.text(11).strip().upper() in _WITHDRAWN or states_study_uid(obx):
         return
     if kind in _TEXT_TYPES:
         yield from _read_texts(obx, 5)
@@ -116,10 +99,6 @@ def _read_observation(obx: Segment, remarks: Remarks) -> Iterator[str]:
         yield from (read_prose(coded.text(2) or coded.text(1)) for coded in obx.repetitions(5))
     else:
         remarks.note(f"OBX of a type other than text ({_quote(kind)}) are not in the report's text")
-
-
-def _states_study_uid(obx: Segment) -> bool:
-    return obx.text(3) in _STUDY_UID_CODES and obx.text(3, 3) == "DCM"
 
 
 def _read_texts(segment: Segment, number: int) -> Iterator[str]:

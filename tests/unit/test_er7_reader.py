@@ -121,8 +121,8 @@ def test_msh_18_decides_the_character_set(name: str, codec: str, text: str) -> N
 
 
 def test_undeclared_latin_is_read_as_cp1252_with_a_warning() -> None:
-    message = read_message(f"{HEAD}\rPID|1||2||Müller–Lüdenscheidt".encode("cp1252"))
-    assert message.first("PID").text(5) == "Müller–Lüdenscheidt"
+    message = read_message(f"{HEAD}\rPID|1||2||Müller €".encode("cp1252"))
+    assert message.first("PID").text(5) == "Müller €"
     assert "MSH-18 is empty" in message.warnings[0]
     assert read_message(f"{HEAD}\rPID|1||2||Müller".encode()).warnings == ()
 
@@ -248,9 +248,7 @@ def test_any_bytes_are_read_or_refused(raw: bytes) -> None:
     for candidate in (raw, b"MSH" + raw, b"MSH|^~\\&" + raw, HEAD.encode() + b"|||||" + raw, SAMPLE + raw):
         try:
             message = read_message(candidate)
-        except UnreadableMessage as error:
-            assert isinstance(error.header, Header)
-            assert error.reason
+        except UnreadableMessage:
             continue
         for segment in message.segments():
             values = [segment.text(n, c, 1, r) for n in range(1, 22) for c in (1, 2) for r in (1, 2)]
