@@ -62,7 +62,10 @@ class Dropped(Exception):
         self.problem = problem
 
 
-OnMessage = Callable[[bytes, Peer], Awaitable[bytes | None]]
+Answers = bytes | tuple[bytes, ...] | None
+"""What goes back for one message: nothing, one answer, or (enhanced mode) the accept and the application answer."""
+
+OnMessage = Callable[[bytes, Peer], Awaitable[Answers]]
 OnProblem = Callable[[Peer, Problem], Awaitable[bytes | None]]
 
 
@@ -99,7 +102,7 @@ class InboundConnection:
         self._piece_bytes = min(PIECE_BYTES, config.max_message_bytes)
         self._frame_since: float | None = None
         self._now = asyncio.get_running_loop().time
-        # `drain` then waits until the system has taken the whole answer. Not 0: asyncio's TLS would never resume.
+        # `drain` then waits until the system has taken the whole answer. Not 0: asyncio's TLS pauses at 0 bytes already.
         self._writer.transport.set_write_buffer_limits(high=1)
 
     async def converse(self) -> Problem | None:
@@ -218,8 +221,8 @@ class InboundConnection:
     async def _answer_to(self, message: bytes) -> bytes | None:
         """The framed answer, empty if none is wanted; None if the callback failed, whatever it raised."""
         try:
-            answer = await self._on_message(message, self._activity.peer)
-            return b"" if answer is None else encode_frame(answer)
+            answers = await self._on_message(message, self._activity.peer)
+            return b"".join(map(encode_frame, (answers,) if isinstance(answers, bytes) else answers or ()))
         except Exception as error:
             self._log_failure(error)
             return None

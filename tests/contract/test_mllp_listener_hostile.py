@@ -111,6 +111,16 @@ async def test_time_for_a_frame_does_not_run_while_the_callback_works() -> None:
         assert await answer(reader) == "AA|C2"
 
 
+async def test_time_for_a_frame_starts_anew_with_each_frame() -> None:
+    desk = Desk()
+    first, second = encode_frame(order("C1")), encode_frame(order("C2"))
+    async with listening(desk, frame_timeout_s=0.6) as listener, connected(listener.port) as (reader, writer):
+        for piece in (first[:20], first[20:] + second[:20], second[20:]):
+            writer.write(piece)
+            await asyncio.sleep(0.4)
+        assert [await answer(reader), await answer(reader)] == ["AA|C1", "AA|C2"]
+
+
 @pytest.mark.parametrize("noise", [b"", b"MSH|no frame|\r"])
 async def test_idle_connection_is_dropped_even_if_it_makes_noise(noise: bytes) -> None:
     desk = Desk()
@@ -281,6 +291,22 @@ async def test_half_sent_large_messages_are_held_to_an_overall_limit() -> None:
         await until(lambda: listener.connections == 0)
         assert listener._held_bytes == 0
     assert "max_buffered_bytes" in str(desk.problems[0][1])
+
+
+async def test_largest_unfinished_message_goes_not_the_one_that_grows() -> None:
+    desk = Desk()
+    settings = {"max_message_bytes": 4 * MIB, "max_buffered_bytes": 4 * MIB}
+    async with (
+        listening(desk, **settings) as listener,
+        connected(listener.port) as large,
+        connected(listener.port) as smaller,
+    ):
+        large[1].write(b"\x0b" + b"x" * (3 * MIB))
+        await until(lambda: listener._held_bytes >= 3 * MIB)
+        smaller[1].write(encode_frame(order("C1", "x" * (2 * MIB))))
+        assert await answer(smaller[0]) == "AA|C1"
+        assert await ended(large[0]) == b""
+    assert desk.kinds == [ProblemKind.NO_ROOM]
 
 
 async def test_running_out_of_descriptors_frees_one_and_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import asyncio
 import datetime
 import ipaddress
+import socket
 import ssl
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from connectors.errors import Permanent
 from connectors.mllp.client import MllpClient
 from connectors.mllp.config import MllpConfig
 from connectors.mllp.framing import encode_frame
-from connectors.mllp.listener import MllpListener, MllpListenerConfig, ProblemKind
+from connectors.mllp.listener import MllpListener, MllpListenerConfig, Peer, ProblemKind
 from tests.mllp_senders import Desk, answer, connected, ended, exchange, listening, order, until
 
 NOW = datetime.datetime.now(datetime.UTC)
@@ -227,6 +228,38 @@ async def test_silent_handshakes_count_as_connections_and_make_way(authority: Au
         for writer in silent:
             writer.transport.abort()
         await until(lambda: listener.connections == 0)
+
+
+async def test_sender_that_reads_late_gets_its_long_answers_over_tls(authority: Authority) -> None:
+    async def long_answer(_: bytes, __: Peer) -> bytes | None:
+        return b"MSH|" + b"y" * (8 << 20)
+
+    config = MllpListenerConfig.model_validate({"port": 0, **tls_settings(authority, mutual=False)})
+    async with (
+        MllpListener(config, long_answer) as listener,
+        connected(listener.port, ssl=sender(authority), limit=1 << 20) as (reader, writer),
+    ):
+        writer.write(encode_frame(order("C1")) * 3)
+        await asyncio.sleep(0.3)
+        for _ in range(3):
+            received = await asyncio.wait_for(reader.readexactly(4 + (8 << 20) + 3), 5)
+            assert (received[:5], received[-2:]) == (b"\x0bMSH|", b"\x1c\r")
+
+
+async def test_evicted_peer_that_ignores_the_close_is_gone_at_once(authority: Authority) -> None:
+    desk = Desk()
+    settings = tls_settings(authority, mutual=False, max_connections=1)
+
+    def handshake(port: int) -> ssl.SSLSocket:
+        plain = socket.create_connection(("127.0.0.1", port))
+        return sender(authority).wrap_socket(plain, server_hostname="localhost")
+
+    async with listening(desk, **settings) as listener:
+        with await asyncio.to_thread(handshake, listener.port):
+            async with connected(listener.port, ssl=sender(authority)) as streams:
+                assert await exchange(streams, "C1") == "AA|C1"
+                await until(lambda: not listener._aside, within_s=0.5)
+    assert desk.kinds == [ProblemKind.NO_ROOM]
 
 
 async def test_oversized_message_over_tls_is_answered(authority: Authority) -> None:
