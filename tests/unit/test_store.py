@@ -96,14 +96,34 @@ def test_new_event_after_an_end_starts_another_run(store: Store, state: str) -> 
     assert store.job(job_id).state == "failed", "the same key again starts nothing"
 
 
+@pytest.mark.parametrize("state", ["released", "failed"])
+def test_event_during_a_reading_starts_one_more_run_when_it_ends(store: Store, state: str) -> None:
+    job_id, _ = accept(store)
+    store.update_job(job_id, NOW, state="reading")
+    accept(store, "k2", LATER)
+    accept(store, "k3", LATER)
+    assert store.conclude_job(job_id, LATER, state, ["why"])
+    job = store.job(job_id)
+    assert (job.state, job.reasons, workflow_id(job), run_started_at(job)) == (
+        "accepted",
+        [],
+        f"{job_id}/run-2",
+        LATER,
+    )
+    assert not store.conclude_job(job_id, LATER, state, ["why"])
+    assert (store.job(job_id).state, store.job(job_id).reasons) == (state, ["why"])
+
+
 def test_run_of_a_first_event_started_when_the_job_was_created(store: Store) -> None:
     job_id, _ = accept(store)
     assert run_started_at(store.job(job_id)) == NOW
 
 
-@pytest.mark.parametrize(
-    "uid", ["", "abc", "1.2.3.", "1..2", "1.02.3", "1." + "2" * 63, "1.2.3; drop", "1.2\n.3", "٣.٤"]
-)
+NO_UIDS = ["", "abc", "1.2.3.", "1..2", "1.02.3", "1." + "2" * 63, "1.2.3; drop", "1.2\n.3", "\u0663.\u0664"]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("uid", NO_UIDS)
 def test_refuses_what_is_no_uid(store: Store, uid: str) -> None:
     with pytest.raises(ValueError, match="not a DICOM UID"):
         accept(store, study=uid)
