@@ -13,6 +13,7 @@ from middleware.api import events, health
 from middleware.api.limits import BodyLimit
 from middleware.bootstrap import READING_QUEUE, Overrides, open_systems, run_workflows
 from middleware.intake.inbox import accept_study, workflow_id
+from middleware.listening import listen_to_hl7
 from middleware.settings import Settings
 from middleware.store.tables import StudyJob
 from middleware.systems import Systems
@@ -46,7 +47,8 @@ def create_app(settings: Settings) -> FastAPI:
         async with open_systems(settings, Overrides()) as systems, run_workflows(systems):
             app.state.systems, app.state.start_reading = systems, start_reading
             telemetry.log("serving", count=await sweep(systems))
-            yield
+            async with listen_to_hl7(systems, start_reading):
+                yield
 
     app = FastAPI(
         title="Wetread",

@@ -20,6 +20,7 @@ from connectors.dicomweb.folder import FolderClient
 from connectors.errors import Permanent
 from connectors.fhir.client import FhirClient
 from connectors.mllp.client import MllpClient
+from connectors.mllp.listener import MllpListener, MllpListenerConfig, OnMessage
 from connectors.triton.client import TensorSpec, TritonClient
 from connectors.triton.config import TritonConfig
 from deploy.triton.bundled import BundledTriton, BundledTritonError
@@ -33,6 +34,7 @@ from middleware.ports import Array, ContextSource, Inference
 from middleware.serialization import JsonSerializer
 from middleware.settings import FolderPacs, Settings
 from middleware.store.artifacts import ArtifactStore
+from middleware.store.hearing import HearingStore
 from middleware.store.queries import Store, open_engine
 from middleware.systems import Systems
 
@@ -115,6 +117,11 @@ class BundleContext:
         return [e for e in self._entries if e.get("resource", {}).get("resourceType") == resource_type][:limit]
 
 
+def open_listener(config: MllpListenerConfig, on_message: OnMessage) -> MllpListener:
+    """The HL7 listener; it listens while its `async with` block runs."""
+    return MllpListener(config, on_message)
+
+
 def open_folder(folder: Path) -> FolderClient:
     """A folder of DICOM files as a source of images."""
     return FolderClient(folder, name=f"folder {folder}")
@@ -146,7 +153,8 @@ async def open_systems(settings: Settings, overrides: Overrides | None = None) -
     overrides = overrides or Overrides()
     async with AsyncExitStack() as stack:
         prepare_data_dir(settings)
-        store = Store(open_engine(settings.store_url))
+        engine = open_engine(settings.store_url)
+        store = Store(engine)
         stack.callback(store.close)
         pacs = _open_pacs(settings)
         if isinstance(pacs, DicomwebClient):
@@ -161,6 +169,7 @@ async def open_systems(settings: Settings, overrides: Overrides | None = None) -
         yield Systems(
             settings=settings,
             store=store,
+            heard=HearingStore(engine),
             artifacts=ArtifactStore(settings.artifacts_url or str(settings.data_dir.absolute() / "artifacts")),
             protocols=load_protocols(settings.protocols_dir),
             templates=draft_environment(jinja2.FileSystemLoader(TEMPLATES)),

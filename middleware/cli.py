@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated
 
@@ -102,13 +103,15 @@ def _show_result(result: process.Result, out: Path) -> None:
 @cli.command()
 def serve(config: ConfigOption = None) -> None:
     """Run the service: API, workflows and deliveries, from wetread.yaml."""
-    service.serve(load_settings(config))
+    with suppress(KeyboardInterrupt):  # told to stop, by whoever started it
+        service.serve(load_settings(config))
 
 
 @cli.command()
 def worker(config: ConfigOption = None) -> None:
     """Run one more worker on the same database."""
-    asyncio.run(service.work(load_settings(config)))
+    with suppress(KeyboardInterrupt):
+        asyncio.run(service.work(load_settings(config)))
 
 
 @cli.command()

@@ -85,6 +85,9 @@ class StoreOutcome(Protocol):
 class ImageArchive(ImageSource, Protocol):
     """A PACS that also takes results."""
 
+    async def search_studies(self, filters: Mapping[str, str]) -> list[dict[str, Any]]:
+        """Studies that match, as DICOM JSON (QIDO-RS)."""
+
     async def store(self, instances: Sequence[Path | bytes], study_uid: str) -> Sequence[StoreOutcome]:
         """Store instances; one outcome each, in the order given."""
 

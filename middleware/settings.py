@@ -18,6 +18,7 @@ from pydantic_settings import SettingsError as UnreadableVariable
 from connectors.dicomweb.config import DicomwebConfig
 from connectors.fhir.config import FhirConfig
 from connectors.mllp.config import MllpConfig
+from connectors.mllp.listener_config import MllpListenerConfig
 from connectors.triton.config import TritonConfig
 from middleware.errors import SettingsError
 
@@ -58,6 +59,14 @@ class RisSettings(MllpConfig):
     receiving_application: str = Field(default="RIS", max_length=227)
     receiving_facility: str = Field(default="HOSPITAL", max_length=227)
     processing_id: Literal["P", "T", "D"] = "P"
+
+
+class HearingSettings(MllpListenerConfig):
+    """Our own HL7 listener: where the RIS and the EHR send orders, patients and reports."""
+
+    processing_ids: tuple[Literal["P", "T", "D"], ...] = Field(
+        default=("P",), description="MSH-11 values that are accepted; T and D only on a test system."
+    )
 
 
 class SiteSettings(BaseModel):
@@ -121,6 +130,7 @@ class Settings(BaseSettings):
     pacs: PacsSettings | None = None
     ehr: EhrSettings | None = None
     ris: RisSettings | None = None
+    hl7_listener: HearingSettings | None = Field(default=None, description="None: no HL7 messages are heard.")
     triton: TritonConfig | None = Field(default=None, description="None: the bundled Triton is started for the run.")
 
     @field_validator("database_url")

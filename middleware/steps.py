@@ -265,14 +265,26 @@ _ABOUT_A_PATIENT: tuple[tuple[str, dict[str, str]], ...] = (
 async def check_identity(job_id: str, route: Route, context: str) -> None:
     """Stop (held) where images, order and EHR do not speak of one patient. Nothing to retry."""
     async with _run("identity", job_id) as watch:
-        disagreements = find_disagreements(
-            _load(_STUDY, route["study"]),
-            _load(_CONTEXT, context),
-            context_expected=systems().context is not None,
+        study = _load(_STUDY, route["study"])
+        disagreements = (
+            *find_disagreements(study, _load(_CONTEXT, context), context_expected=systems().context is not None),
+            *_heard_against(study),
         )
         if disagreements and (systems().context is not None or systems().configured()):
             raise Stopped("held", disagreements)
         watch.detail = "; ".join(disagreements) or "images, order and EHR agree"
+
+
+def _heard_against(study: Study) -> tuple[str, ...]:
+    """What HL7 messages say against releasing a result of this study as it stands."""
+    heard = systems().heard
+    reasons = []
+    if heard.surviving_patient(study.patient.patient_id) is not None:
+        reasons.append("the patient of the images was merged into another one (ADT^A40); correct the images first")
+    order = heard.order_of(study_instance_uid=study.study_instance_uid, accession_number=study.accession_number)
+    if order is not None and order.status in ("cancelled", "discontinued"):
+        reasons.append(f"the order of this study is {order.status}")
+    return tuple(reasons)
 
 
 # Reading
@@ -461,6 +473,8 @@ async def plan_release(job_id: str, route: Route, findings: str) -> list[str]:
     """Write down what goes where; the destinations. From here on the result is released."""
     async with _run("release", job_id) as watch:
         protocol = systems().protocols[route["protocol"]].protocol
+        if disagreements := _heard_against(_load(_STUDY, route["study"])):  # told while the study was being read
+            raise Stopped("held", disagreements)
         store, now = systems().store, systems().now()
         revision = _load(_FINDINGS, findings).revision
         planned = plan_deliveries(

@@ -30,7 +30,8 @@ class AwareTime(TypeDecorator[datetime]):
         return value.replace(tzinfo=UTC) if value.tzinfo is None else value.astimezone(UTC)
 
 
-def _time(*, nullable: bool = False, index: bool = False) -> Any:
+def time_field(*, nullable: bool = False, index: bool = False) -> Any:
+    """A column of aware times."""
     return Field(
         default=None if nullable else ..., sa_column_kwargs={"nullable": nullable}, sa_type=AwareTime, index=index
     )
@@ -45,7 +46,7 @@ class StudyEvent(SQLModel, table=True):
     kind: str
     study_instance_uid: str = Field(index=True)
     job_id: str
-    received_at: datetime = _time()
+    received_at: datetime = time_field()
 
 
 class StudyJob(SQLModel, table=True):
@@ -60,8 +61,8 @@ class StudyJob(SQLModel, table=True):
     revision: int = 1
     reasons: list[str] = Field(default_factory=list, sa_column=Column(JSON, nullable=False))
     facts: dict[str, Any] = Field(default_factory=dict, sa_column=Column(JSON, nullable=False))
-    created_at: datetime = _time()
-    updated_at: datetime = _time()
+    created_at: datetime = time_field()
+    updated_at: datetime = time_field()
 
 
 class ArtifactRecord(SQLModel, table=True):
@@ -96,8 +97,8 @@ class Delivery(SQLModel, table=True):
     attempts: int = 0
     receipt: str = ""
     reason: str = ""
-    created_at: datetime = _time()
-    updated_at: datetime = _time()
+    created_at: datetime = time_field()
+    updated_at: datetime = time_field()
 
 
 class StepRun(SQLModel, table=True):
@@ -107,7 +108,7 @@ class StepRun(SQLModel, table=True):
     run_id: int | None = Field(default=None, primary_key=True)
     job_id: str = Field(index=True)
     step: str
-    started_at: datetime = _time()
+    started_at: datetime = time_field()
     duration_s: float
     outcome: str
 
@@ -121,4 +122,4 @@ class Decision(SQLModel, table=True):
     person: str
     action: str
     reason: str = ""
-    decided_at: datetime = _time()
+    decided_at: datetime = time_field()

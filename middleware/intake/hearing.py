@@ -1,0 +1,130 @@
+"""Hearing HL7 v2: a message is on disk before it is acknowledged, and applied once, in the order it came.
+
+`take` answers one message; messages that arrive together share one transaction, so that many senders cost one
+fsync. `apply_all` then applies what was kept, now or after a restart.
+"""
+
+import asyncio
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime, tzinfo
+
+from sqlmodel import Session
+
+from mappings.inputs.er7_to_message import UnreadableMessage, read_message
+from mappings.inputs.hl7_to_event import message_to_events
+from mappings.model.ids import derive_control_id
+from mappings.model.message import Header, Message
+from mappings.outputs.message_to_ack import Outcome, build_ack, build_reject, codes_due
+from middleware import telemetry
+from middleware.intake.orders import apply_events
+from middleware.store.heard import HeardMessage
+from middleware.store.hearing import HearingStore, Kept
+
+MAX_BATCH = 256
+
+
+@dataclass(frozen=True)
+class HearingPolicy:
+    """What a site accepts: MSH-11 values, and the zone of times without an offset."""
+
+    processing_ids: frozenset[str]
+    zone: tzinfo
+
+
+class Hearing:
+    """One inbox for all MLLP connections of this process."""
+
+    def __init__(self, store: HearingStore, policy: HearingPolicy, now: Callable[[], datetime]) -> None:
+        self._store = store
+        self._policy = policy
+        self._now = now
+        self._waiting: asyncio.Queue[tuple[HeardMessage, asyncio.Future[Kept]]] = asyncio.Queue()
+        self.arrived = asyncio.Event()
+
+    async def take(self, raw: bytes, sender: str) -> tuple[bytes, ...]:
+        """Keep one message durably and give the answers that its sender waits for (none is possible in enhanced mode).
+
+        What cannot be read is kept too and answered AR. Raises what the store raises: then nothing is answered,
+        and the sender sends again.
+        """
+        try:
+            message = await asyncio.to_thread(read_message, raw)
+        except UnreadableMessage as unreadable:
+            await self._keep(self._row(raw, sender, unreadable.header, state="unreadable", notes=[unreadable.reason]))
+            return (self._reject(raw, unreadable),)
+        header = message.header
+        if header.processing_id[:1] not in self._policy.processing_ids:
+            allowed = ", ".join(sorted(self._policy.processing_ids))
+            return self._answers(header, "reject", f"MSH-11 must be one of {allowed} here", "202")
+        kept = await self._keep(self._row(raw, sender, header, state="received", notes=list(message.warnings)))
+        telemetry.EVENTS.labels("hl7", kept.outcome).inc()
+        return self._answers(header, "accept")
+
+    def _row(self, raw: bytes, sender: str, header: Header, *, state: str, notes: list[str]) -> HeardMessage:
+        who = f"{sender}|{header.sending_application}|{header.sending_facility}"
+        digest = hashlib.sha256(raw).hexdigest()
+        key = hashlib.sha256(f"{who}\x1f{header.control_id}\x1f{digest}".encode()).hexdigest()
+        return HeardMessage(
+            message_key=key,
+            sender=who,
+            control_id=header.control_id,
+            message_type=header.event,
+            raw=raw,
+            state=state,
+            notes=notes,
+            received_at=self._now(),
+        )
+
+    def _answers(self, header: Header, outcome: Outcome, text: str = "", error_code: str = "") -> tuple[bytes, ...]:
+        now = self._now()
+        return tuple(
+            build_ack(
+                header,
+                code,
+                now=now,
+                control_id=derive_control_id("ack", header.control_id, code, now.isoformat()),
+                text=text,
+                error_code=error_code,
+            )
+            for code in codes_due(header, outcome)
+        )
+
+    def _reject(self, raw: bytes, unreadable: UnreadableMessage) -> bytes:
+        now = self._now()
+        control_id = derive_control_id("ack", hashlib.sha256(raw).hexdigest(), now.isoformat())
+        return build_reject(raw, unreadable.reason, now=now, control_id=control_id, error_code=unreadable.error_code)
+
+    async def _keep(self, row: HeardMessage) -> Kept:
+        done: asyncio.Future[Kept] = asyncio.get_running_loop().create_future()
+        await self._waiting.put((row, done))
+        return await done
+
+    async def write_forever(self) -> None:
+        """Commit waiting messages, all that came meanwhile in one transaction, until cancelled."""
+        while True:
+            batch = [await self._waiting.get()]
+            while not self._waiting.empty() and len(batch) < MAX_BATCH:
+                batch.append(self._waiting.get_nowait())
+            try:
+                kept = await asyncio.to_thread(self._store.keep, [row for row, _ in batch])
+            except Exception as error:  # every sender of the batch gets no answer, and sends again
+                for _, done in batch:
+                    if not done.done():
+                        done.set_exception(error)
+                continue
+            for (_, done), one in zip(batch, kept, strict=True):
+                if not done.done():
+                    done.set_result(one)
+            self.arrived.set()
+
+    def apply_all(self) -> None:
+        """Apply every message that was kept and not applied, in the order in which they came."""
+        while positions := self._store.pending():
+            for position in positions:
+                self._store.apply(position, self._apply_one)
+
+    def _apply_one(self, session: Session, heard: HeardMessage) -> None:
+        message: Message = read_message(heard.raw)
+        apply_events(session, heard, message_to_events(message, zone=self._policy.zone), self._now())

@@ -1,0 +1,78 @@
+"""What the hospital's messages say, remembered: the messages themselves, orders, patients and reports."""
+
+from datetime import datetime
+
+from sqlalchemy import JSON, Column, LargeBinary
+from sqlmodel import Field, SQLModel
+
+from middleware.store.tables import time_field
+
+
+class HeardMessage(SQLModel, table=True):
+    """One HL7 message as it came, kept before it is acknowledged. `message_key` is the digest of sender, control id
+    and content, so a resend is the same message. `state` is received, applied, refused (a contradiction that a
+    person settles), unhandled (kept, nothing is done with it) or unreadable; `notes` say why."""
+
+    __tablename__ = "heard_message"
+    position: int | None = Field(default=None, primary_key=True)
+    message_key: str = Field(unique=True)
+    sender: str
+    control_id: str = Field(index=True)
+    message_type: str
+    raw: bytes = Field(sa_column=Column(LargeBinary, nullable=False))
+    state: str = Field(default="received", index=True)
+    notes: list[str] = Field(default_factory=list, sa_column=Column(JSON, nullable=False))
+    received_at: datetime = time_field()
+    repeats: int = 0
+
+
+class OrderRecord(SQLModel, table=True):
+    """One imaging order as far as messages told it. Any number may be empty; `status` never goes back.
+    `reading_asked` says that its study was found and handed on to be read."""
+
+    __tablename__ = "order_record"
+    order_id: str = Field(primary_key=True)
+    placer_order_number: str = Field(default="", index=True)
+    filler_order_number: str = Field(default="", index=True)
+    accession_number: str = Field(default="", index=True)
+    study_instance_uid: str = Field(default="", index=True)
+    patient_id: str = ""
+    patient_issuer: str = ""
+    status: str = ""
+    is_on_hold: bool = False
+    procedure_code: str = ""
+    procedure_scheme: str = ""
+    procedure_meaning: str = ""
+    priority: str = ""
+    reason: str = ""
+    requester: str = ""
+    reading_asked: bool = False
+    updated_at: datetime = time_field()
+
+
+class PatientRecord(SQLModel, table=True):
+    """One patient identifier. `merged_into` names the patient that a merge moved this one to; it never empties."""
+
+    __tablename__ = "patient_record"
+    patient_key: str = Field(primary_key=True)
+    patient_id: str = Field(index=True)
+    issuer: str = ""
+    name: str = ""
+    birth_date: str = ""
+    sex: str = ""
+    merged_into: str = ""
+    updated_at: datetime = time_field()
+
+
+class ReportRecord(SQLModel, table=True):
+    """The radiologist's own report on an order, its latest state."""
+
+    __tablename__ = "report_record"
+    report_key: str = Field(primary_key=True)
+    accession_number: str = Field(default="", index=True)
+    study_instance_uid: str = Field(default="", index=True)
+    patient_id: str = ""
+    status: str = ""
+    text: str = ""
+    reported_at: datetime | None = time_field(nullable=True)
+    updated_at: datetime = time_field()

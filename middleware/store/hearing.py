@@ -1,0 +1,145 @@
+"""Keeping messages and what they say. Keeping is one transaction for all that came together, so that many senders
+share one fsync; applying is one transaction a message, so that it happens once."""
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Literal
+
+from sqlalchemy import Engine
+from sqlmodel import Session, SQLModel, col, select
+
+from middleware.store.heard import HeardMessage, OrderRecord, PatientRecord
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What keeping a message found: `new`, `repeated` (the same was kept before) or `changed` (the control id was
+    used before with other content; it is kept and will be applied)."""
+
+    outcome: Literal["new", "repeated", "changed"]
+    position: int
+
+
+class HearingStore:
+    """The tables of `heard.py`."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        SQLModel.metadata.create_all(engine)
+
+    @contextmanager
+    def changing(self) -> Iterator[Session]:
+        """One transaction that reads before it writes, committed at the end."""
+        with Session(self._engine, expire_on_commit=False) as session:
+            if self._engine.dialect.name == "sqlite":
+                session.connection().exec_driver_sql("BEGIN IMMEDIATE")
+            yield session
+            session.commit()
+
+    def keep(self, messages: Sequence[HeardMessage]) -> list[Kept]:
+        """Keep messages durably, in their order; one answer each."""
+        with self.changing() as session:
+            return [self._keep_one(session, message) for message in messages]
+
+    def _keep_one(self, session: Session, message: HeardMessage) -> Kept:
+        same = session.exec(select(HeardMessage).where(HeardMessage.message_key == message.message_key)).first()
+        if same is not None:
+            same.repeats += 1
+            session.add(same)
+            return Kept("repeated", same.position or 0)
+        reused = (
+            message.control_id
+            and session.exec(
+                select(HeardMessage.position).where(
+                    HeardMessage.control_id == message.control_id, HeardMessage.sender == message.sender
+                )
+            ).first()
+        )
+        if reused:
+            message.notes = [*message.notes, "this control id was used before with other content"]
+        session.add(message)
+        session.flush()
+        return Kept("changed" if reused else "new", message.position or 0)
+
+    def pending(self, limit: int = 200) -> list[int]:
+        """Positions of messages that are not applied yet, in the order in which they came."""
+        with Session(self._engine) as session:
+            query = select(HeardMessage.position).where(HeardMessage.state == "received")
+            return [p for p in session.exec(query.order_by(col(HeardMessage.position)).limit(limit)) if p is not None]
+
+    def apply(self, position: int, change: Callable[[Session, HeardMessage], None]) -> None:
+        """Let `change` apply a message and set its state, all in one transaction; nothing if it was applied before."""
+        with self.changing() as session:
+            message = session.get(HeardMessage, position)
+            if message is not None and message.state == "received":
+                change(session, message)
+                session.add(message)
+
+    def message(self, position: int) -> HeardMessage:
+        """The message; LookupError if there is none."""
+        with Session(self._engine) as session:
+            found = session.get(HeardMessage, position)
+            if found is None:
+                raise LookupError(f"no message {position}")
+            return found
+
+    def count_by_state(self) -> dict[str, int]:
+        """How many messages are in each state."""
+        with Session(self._engine) as session:
+            states = session.exec(select(HeardMessage.state)).all()
+        return {state: states.count(state) for state in sorted(set(states))}
+
+    def order_of(self, *, study_instance_uid: str, accession_number: str) -> OrderRecord | None:
+        """The order of a study, by its UID or else its accession number."""
+        with Session(self._engine) as session:
+            return find_one_order(session, study_instance_uid=study_instance_uid, accession_number=accession_number)
+
+    def orders_to_read(self, statuses: Collection[str], since: datetime) -> list[OrderRecord]:
+        """Orders in one of these statuses, not on hold, changed since then, whose study was not handed on yet."""
+        with Session(self._engine, expire_on_commit=False) as session:
+            query = select(OrderRecord).where(
+                col(OrderRecord.status).in_(statuses),
+                col(OrderRecord.reading_asked).is_(False),
+                col(OrderRecord.is_on_hold).is_(False),
+                col(OrderRecord.updated_at) >= since,
+            )
+            return list(session.exec(query.order_by(col(OrderRecord.updated_at))))
+
+    def mark_asked(self, order_id: str) -> None:
+        """Remember that an order's study was handed on to be read."""
+        with self.changing() as session:
+            order = session.get(OrderRecord, order_id)
+            if order is not None:
+                order.reading_asked = True
+                session.add(order)
+
+    def surviving_patient(self, patient_id: str) -> PatientRecord | None:
+        """The record that a patient id was merged into, None where it was not merged away."""
+        with Session(self._engine) as session:
+            return find_survivor(session, patient_id)
+
+
+def find_one_order(session: Session, *, study_instance_uid: str, accession_number: str) -> OrderRecord | None:
+    """The only order with this study UID or accession number; None where there is none or more than one."""
+    for column, value in (
+        (OrderRecord.study_instance_uid, study_instance_uid),
+        (OrderRecord.accession_number, accession_number),
+    ):
+        found = session.exec(select(OrderRecord).where(column == value)).all() if value else []
+        if len(found) == 1:
+            return found[0]
+    return None
+
+
+def find_survivor(session: Session, patient_id: str) -> PatientRecord | None:
+    """Follow merges from a patient id to the end; None where it was never merged away."""
+    seen = {patient_id}
+    survivor: PatientRecord | None = None
+    record = session.exec(select(PatientRecord).where(PatientRecord.patient_id == patient_id)).first()
+    while record is not None and record.merged_into and record.merged_into not in seen:
+        seen.add(record.merged_into)
+        survivor = session.get(PatientRecord, record.merged_into)
+        record = survivor
+    return survivor
