@@ -25,6 +25,7 @@ SECTIONS = {
     "pacs": "The PACS: a DICOMweb server, or a folder.",
     "ehr": "The EHR's FHIR R4 server.",
     "ris": "The RIS' HL7 listener (MLLP).",
+    "hl7_listener": "Our own HL7 v2 listener (MLLP): orders, patients and reports come in here.",
     "triton": "The inference server; not set: the bundled Triton is started.",
 }
 MEANINGS = {
