@@ -244,6 +244,8 @@ def _test_of(name: str) -> Callable[[Resource, str], bool]:
         return lambda resource, value: bool(resource["id"] == value)
     if name == "identifier":
         return lambda resource, value: any(_token(i, "value", value) for i in _list(resource, "identifier"))
+    if name == "_tag":
+        return lambda resource, value: any(_token(tag, "code", value) for tag in _list(resource.get("meta", {}), "tag"))
     if name in TOKENS:
         return lambda resource, value: any(_token(c, "code", value) for c in _codings(resource, TOKENS[name]))
     if name in CODES:
