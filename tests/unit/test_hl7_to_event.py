@@ -207,6 +207,9 @@ def test_several_orders_and_the_study_uid_they_share() -> None:
     assert [e.study_instance_uid for e in other] == ["", "", UID]
     own = tell_events("ORM^O01", PID, *groups[:2], "ZDS|1.2.3", *groups[2:4], f"ZDS|{UID}")
     assert [e.study_instance_uid for e in own if isinstance(e, OrderEvent)] == ["1.2.3", UID]
+    stated = tell_events("OMI^O23", PID, *groups[:2], "IPC|A1|RP1|1.2.3", *groups[2:4], f"ZDS|{UID}")
+    assert [e.study_instance_uid for e in stated if isinstance(e, OrderEvent)] == ["1.2.3", UID]
+    assert [e.problems for e in stated if isinstance(e, OrderEvent)] == [(), ()]
 
 
 def test_several_obr_of_one_orc_and_prior_results() -> None:

@@ -59,6 +59,12 @@ def test_merges_that_cannot_be_done(segments: tuple[str, ...], words: str) -> No
     assert words in event.problems[0]
 
 
+def test_a_pid_without_its_mrg_takes_no_other() -> None:
+    lonely, whole = merges(PID, PID.replace("4711", "1"), "MRG|2^^^HOSP^MR")
+    assert lonely.problems == ("MRG-1 has no identifier of type MR or PI",)
+    assert (whole.patient.patient_id, whole.problems) == ("1", ())
+
+
 def test_a_merge_of_the_same_number_at_two_authorities_is_one() -> None:
     (event,) = merges(PID, "MRG|4711^^^CLINIC^MR")
     assert event.problems == ()
