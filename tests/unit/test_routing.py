@@ -282,6 +282,7 @@ def test_long_values_are_shortened() -> None:
         ("study.modality.exists(m, m > 3)", 1, 28, "found no matching overload for '_>_'"),
         ("study.description.search('(a')", 1, 26, "not an RE2 pattern: missing )"),
         ("study.description.search('(?=a)')", 1, 26, "not an RE2 pattern: invalid perl operator"),
+        ("study.description.search('((x{1,9}){1,9}){1,9}z')", 1, 26, "the pattern compiles to 1642 steps; 500 are"),
         ("study.description.search('\\\\q')", 1, 26, "not an RE2 pattern: invalid escape"),
         ("study.description.search('\\q')", 1, 26, "error"),
         ("study.description.search('\\bpros')", 1, 26, 'write the pattern as r"..."'),
