@@ -214,6 +214,9 @@ def test_lesions_keep_their_labels_segments_and_order() -> None:
         (f.segment_number, "lesions", f.label, f.tracking_uid) for f in found.lesions
     ]
     assert found.assessments[0].score == "5"
+    assert found.gland is not None
+    assert found.segments[0].tracking_uid == found.gland.tracking_uid
+    assert len({s.tracking_uid for s in found.segments}) == len(found.segments)
 
 
 def test_ids_repeat_for_the_same_job_and_differ_for_another() -> None:

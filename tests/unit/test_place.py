@@ -77,7 +77,7 @@ GRIDS = [
         ((-6, 13, 0), "PZ", (codes.RIGHT, "mid", "Right posteromedial middle peripheral zone of prostate")),
         ((-19, -6, 0), "PZ", (codes.RIGHT, "mid", "Right anterior middle peripheral zone of prostate")),
         ((7, -12, 2), "TZ", (codes.LEFT, "mid", "Left anterior middle transition zone of prostate")),
-        ((-7, 3, 2), "TZ", (codes.RIGHT, "mid", "Right posterior middle transition zone of prostate")),
+        ((-7, -2.5, 2), "TZ", (codes.RIGHT, "mid", "Right posterior middle transition zone of prostate")),
         ((-9, 4, 16), "PZ", (codes.RIGHT, "base", "")),
         ((9, 4, -16), "PZ", (codes.LEFT, "apex", "")),
     ],

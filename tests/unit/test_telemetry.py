@@ -116,18 +116,20 @@ def _set(ds: Dataset, keyword: str, value: str) -> None:
 
 
 def test_a_canary_patient_is_never_logged(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    warnings.simplefilter("always")
-    telemetry.configure_logging("DEBUG")
     folder = tmp_path / "study"
     folder.mkdir()
     write_canary(folder)
-    store = Store(open_engine(f"sqlite:///{tmp_path}/w.sqlite"))
-    accept_study(store, "1.2.3", source="pacs", key=CANARY, now=NOW)
-    with pytest.raises(ValueError, match="not a DICOM UID"):
-        accept_study(store, CANARY, source="pacs", key="k", now=NOW)
-    with pytest.raises(Stopped), telemetry.watch_step("fetch", "j"):
-        read_study(folder)
-    store.close()
+    with warnings.catch_warnings(record=True) as warned:  # outside of pytest they go to standard error
+        warnings.simplefilter("always")
+        telemetry.configure_logging("DEBUG")
+        store = Store(open_engine(f"sqlite:///{tmp_path}/w.sqlite"))
+        accept_study(store, "1.2.3", source="pacs", key=CANARY, now=NOW)
+        with pytest.raises(ValueError, match="not a DICOM UID"):
+            accept_study(store, CANARY, source="pacs", key="k", now=NOW)
+        with pytest.raises(Stopped), telemetry.watch_step("fetch", "j"):
+            read_study(folder)
+        store.close()
+    assert [str(w.message) for w in warned] == []
     written = capfd.readouterr()
     assert len(written.err.splitlines()) == 2, written.err
     assert "Canary" not in written.err + written.out
