@@ -36,11 +36,13 @@ class Clause:
 
 @dataclass(frozen=True)
 class Rule:
-    """A rule that was checked and compiled. All `clauses` hold exactly where the rule holds."""
+    """A rule that was checked and compiled. All `clauses` hold exactly where the rule holds. `pattern_steps` is how
+    large its patterns are, outside and inside list tests."""
 
     expression: str
     names: tuple[str, ...]
     clauses: tuple[Clause, ...]
+    pattern_steps: tuple[int, int]
     program: Any = field(compare=False, repr=False)
 
 

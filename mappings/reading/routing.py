@@ -4,32 +4,31 @@ A rule is one expression of the Common Expression Language (https://cel.dev, cel
 no loops, no assignments and no access to anything but the facts below. Examples:
 
     "MR" in study.modality && patient.age_years >= 40
-    study.description.search("(?i)prosta") || "PROSTATE" in study.body_part
+    study.description.matches("(?i)prosta") || "PROSTATE" in study.body_part
     !labs.egfr.stated || labs.egfr >= 30.0
     order.priority in ["stat", "asap", "urgent"]
-    patient.id.startsWith("QA-") || study.series_descriptions.exists(d, d.search(r"(?i)\\bphantom\\b"))
+    patient.id.startsWith("QA-") || study.series_descriptions.exists(d, d.matches(r"(?i)\\bphantom\\b"))
 
 The facts are listed in `study_to_facts.py`. A fact may be unknown. A comparison with an unknown fact is neither true
 nor false: `unknown && false` is false, `unknown || true` is true, and a rule that hangs on it does not match and says
 "not stated". `NAME.stated` is always true or false.
 
 The language: `&& || ! ?: == != < <= > >= in + - * /`, `size()`, `double(whole)`, of a text `.contains() .startsWith()
-.endsWith()` and `.search("RE2 pattern")` (found anywhere; `(?i)` ignores case; the pattern is written out, as `r"..."`
+.endsWith()` and `.matches("RE2 pattern")` (found anywhere; `(?i)` ignores case; the pattern is written out, as `r"..."`
 where it holds a backslash), of a list `.exists(x, ...) .all(x, ...) .exists_one(x, ...)`, not inside each other.
 A `number` is compared with `4.0`, a `whole` with `4`.
 
 Bounds, so that no rule can hold up a worker: 2,000 characters; 32 levels (parser); 10,000 iterations (runtime);
-8 list tests and 8 searches; RE2 patterns of 500 steps, matched in linear time, and 20 million steps times characters
-in one evaluation (about half a second); nothing can build longer
+8 list tests and 8 patterns of 500 RE2 steps, which match in linear time; a study whose texts could cost more than 20
+million steps times characters (about half a second) is undecided; nothing can build longer
 texts or lists; a text fact is cut at 1,000 characters, a text in a list at 256, a list at 200 texts.
 """
 
 import difflib
 import re
-import threading
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache, lru_cache
+from functools import cache
 from typing import Any
 
 import re2  # type: ignore[import-untyped]
@@ -62,12 +61,12 @@ def compile_rule(expression: str) -> Rule:
     if re.search("[\ud800-\udfff]", expression):
         raise RuleError("the rule holds a character that is none")
     tokens = _tokens(expression)
-    _check_tokens(tokens, expression)
+    steps = _check_tokens(tokens, expression)
     program = _compile(expression)
     kind = program.return_type().name()
     if kind != "BOOL":
         raise RuleError(f"the rule gives a {kind.lower()}; it must give true or false, so compare it with something")
-    return Rule(expression, _names(tokens, expression), _clauses(tokens, expression), program)
+    return Rule(expression, _names(tokens, expression), _clauses(tokens, expression), steps, program)
 
 
 def _compile(expression: str) -> Any:
@@ -85,51 +84,31 @@ def _environment() -> Any:
     allowed = (
         f"stdlib:\n  include_macros: [{', '.join(sorted(_QUANTIFIERS))}]\n  include_functions:\n{functions}"
         '    - name: "_+_"\n      overloads: [{id: add_int64}, {id: add_double}]\n'
+        '    - name: "matches"\n      overloads: [{id: matches_string}]\n'
     )
     variables = {name: _KINDS.get(fact.kind, cel.Type.INT) for name, fact in FACTS.items()}
     stated = {f"{name}.stated": cel.Type.BOOL for name in FACTS}
-    # The runtime's own `matches` compiles its pattern anew for every text and bounds neither size nor time.
-    text = cel.Type.STRING
-    overload = cel.Overload("text_search_pattern", cel.Type.BOOL, [text, text], is_member=True, impl=_search)
-    return cel.NewEnv(
-        config=cel.NewEnvConfigFromYaml(allowed),
-        variables={**variables, **stated},
-        functions=[cel.FunctionDecl("search", [overload])],
-    )
+    return cel.NewEnv(config=cel.NewEnvConfigFromYaml(allowed), variables={**variables, **stated})
 
 
-_searching = threading.local()
-"""Search steps that this thread's current evaluation may still take."""
-
-
-def _search(text: str, pattern: str) -> bool:
-    """Charged as RE2 bounds its time: pattern steps times characters."""
-    compiled = _pattern(pattern)
-    _searching.left -= compiled.programsize * len(text)
-    if _searching.left < 0:
-        raise ValueError(TOO_MANY_STEPS)
-    return compiled.search(text) is not None
-
-
-@lru_cache(maxsize=1024)
-def _pattern(pattern: str) -> Any:
-    """The compiled RE2 pattern; ValueError where it is none or too large."""
+def _pattern_steps(pattern: str) -> int:
+    """How large a program RE2 makes of the pattern; ValueError where it is no pattern or the program is too large."""
     options = re2.Options()
     options.log_errors = False
     options.max_mem = 1 << 20
     try:
-        compiled = re2.compile(pattern, options)
+        steps = int(re2.compile(pattern, options).programsize)
     except re2.error as error:
         reason = error.args[0].decode() if isinstance(error.args[0], bytes) else str(error)
         raise ValueError(f"not an RE2 pattern: {reason}") from None
-    if compiled.programsize > LARGEST_PATTERN:
-        raise ValueError(f"the pattern compiles to {compiled.programsize} steps; {LARGEST_PATTERN} are allowed")
-    return compiled
+    if steps > LARGEST_PATTERN:
+        raise ValueError(f"the pattern compiles to {steps} steps; {LARGEST_PATTERN} are allowed")
+    return steps
 
 
 _HINTS = (
     ("undeclared reference to 'has'", "; write NAME.stated"),
-    ("undeclared reference to 'matches'", '; write TEXT.search("pattern")'),
+    ("undeclared reference to 'matches'", '; write TEXT.matches("pattern")'),
     ("'(double, int)'", "; write the number with a fraction, like 4.0"),
     ("'(int, double)'", "; write the number without a fraction, like 4"),
     ("null_type", "; write NAME.stated to ask whether a fact is known"),
@@ -195,8 +174,10 @@ def _fail(expression: str, token: Token, message: str) -> RuleError:
     return RuleError(message, before.count("\n") + 1, token.start - (before.rfind("\n") + 1) + 1)
 
 
-def _check_tokens(tokens: Sequence[Token], expression: str) -> None:
-    """What the type checker cannot say: facts by name, literal patterns, bounded list tests."""
+def _check_tokens(tokens: Sequence[Token], expression: str) -> tuple[int, int]:
+    """What the type checker cannot say: facts by name, literal patterns, bounded list tests. Returns the steps of the
+    patterns outside and inside list tests."""
+    steps = [0, 0]
     padded = [*tokens, Token("end", "", len(expression))]
     open_marks: list[bool] = []
     for index, token in enumerate(tokens):
@@ -210,13 +191,14 @@ def _check_tokens(tokens: Sequence[Token], expression: str) -> None:
             if opens_test and any(open_marks):
                 raise _fail(expression, tokens[index - 1], "a list test may not stand inside another one")
             open_marks.append(opens_test)
-            if _is_method(tokens, index - 1, {"search"}):
-                _check_pattern(padded[index + 1 : index + 3], expression)
+            if _is_method(tokens, index - 1, {"matches"}):
+                steps[any(open_marks)] += _check_pattern(padded[index + 1 : index + 3], expression)
         elif token.text == ")" and open_marks:
             open_marks.pop()
         if token.kind == "name":
             _check_name(tokens, index, expression)
     _check_counts(tokens, expression)
+    return steps[False], steps[True]
 
 
 def _is_method(tokens: Sequence[Token], index: int, names: Iterable[str]) -> bool:
@@ -224,20 +206,20 @@ def _is_method(tokens: Sequence[Token], index: int, names: Iterable[str]) -> boo
 
 
 def _check_counts(tokens: Sequence[Token], expression: str) -> None:
-    for names, what in ((_QUANTIFIERS, "list tests"), ({"search"}, "searches")):
+    for names, what in ((_QUANTIFIERS, "list tests"), ({"matches"}, "patterns")):
         used = [i for i in range(len(tokens)) if _is_method(tokens, i, names)]
         if len(used) > MOST_TESTS:
             raise _fail(expression, tokens[used[MOST_TESTS]], f"more than {MOST_TESTS} {what} in one rule")
 
 
-def _check_pattern(arguments: Sequence[Token], expression: str) -> None:
+def _check_pattern(arguments: Sequence[Token], expression: str) -> int:
     if [a.kind for a in arguments] != ["string", "mark"] or arguments[1].text != ")":
-        raise _fail(expression, arguments[0], 'search takes one pattern, written out: .search("pattern")')
+        raise _fail(expression, arguments[0], 'matches takes one pattern, written out: .matches("pattern")')
     try:
         pattern = str(_environment().compile(arguments[0].text).eval(data={}).value())
         if "\b" in pattern:
             raise ValueError('"\\b" is a backspace in a plain text; write the pattern as r"..."')
-        _pattern(pattern)
+        return _pattern_steps(pattern)
     except RuntimeError as error:
         raise _fail(expression, arguments[0], _readable(str(error)).message) from None
     except ValueError as error:
@@ -302,11 +284,11 @@ def evaluate(rule: Rule, facts: Facts) -> Verdict:
     """What `rule` says of a study with these `facts` (`facts_of`), with the values that decided. Never raises for
     what a study holds: a rule that cannot be computed is undecided and does not match."""
     looked_at = {name: show_fact(name, facts.get(name)) for name in rule.names}
+    if _search_cost(rule, facts) > MOST_SEARCH_STEPS:
+        return Verdict(False, looked_at, f"cannot be decided: {TOO_MANY_STEPS}", False)
     outcome = _run(rule.program, rule.names, facts)
     if outcome is True:
         return Verdict(True, looked_at, f"holds: {_say(rule.names, looked_at)}" if rule.names else "holds always")
-    if outcome == TOO_MANY_STEPS:
-        return Verdict(False, looked_at, f"cannot be decided: {outcome}", False)
     parts = [(clause, _run(clause.program, clause.names, facts)) for clause in rule.clauses]
     if outcome is False:
         failed = (f"`{c.text}` does not hold ({_say(c.names, looked_at)})" for c, came in parts if came is False)
@@ -315,6 +297,21 @@ def evaluate(rule: Rule, facts: Facts) -> Verdict:
     missing = tuple(dict.fromkeys(n for c, _ in open_parts for n in c.names if facts.get(n) is None))
     why = "; ".join(f"`{c.text}` cannot be decided: {_why(c, came, facts)}" for c, came in open_parts)
     return Verdict(False, looked_at, why or f"cannot be decided: {outcome}", False, missing)
+
+
+COMPILING = 20
+"""The runtime compiles a pattern for each text anew; this takes as long as matching so many characters."""
+
+
+def _search_cost(rule: Rule, facts: Facts) -> int:
+    """The most that the rule's patterns can take, in RE2's terms: steps times characters, over every text."""
+    values = [facts.get(name) for name in rule.names]
+    lists = [value for value in values if isinstance(value, tuple)]
+    texts = [value for value in values if isinstance(value, str)] + [text for some in lists for text in some]
+    longest = max((len(text) for text in [*texts, rule.expression]), default=0)
+    rounds = max([len(some) for some in lists] + [rule.expression.count(",") + 1])
+    outside, inside = rule.pattern_steps
+    return (outside + inside * rounds) * (longest + COMPILING)
 
 
 def show_fact(name: str, value: FactValue) -> str:
@@ -353,7 +350,6 @@ def _run(program: Any, names: Iterable[str], facts: Facts) -> bool | str:
         bound[f"{name}.stated"] = value is not None
         if value is not None:
             bound[name] = _bind(FACTS[name].kind, value)
-    _searching.left = MOST_SEARCH_STEPS
     try:
         result = program.eval(data=bound)
     except RuntimeError as error:
