@@ -84,8 +84,9 @@ class Zygote:
 
 
 def _serve() -> None:
-    for module in ("middleware.cli", "tests.crash.victim"):
+    for module in ("middleware.cli", "tests.crash.victim", "hl7apy.v2_5_1"):
         import_module(module)
+    import_module("mappings.outputs.dicom_header").load_dicom_tables()
     running: set[int] = set()
     orders = b""
     while True:

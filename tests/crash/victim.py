@@ -118,10 +118,6 @@ def _delivery_point(store: Store, delivery_id: str, now: Any, state: str, **_: A
     return f"{store.delivery(delivery_id).destination}-marked-{state}"
 
 
-def _conclusion_point(store: Store, job_id: str, now: Any, **changes: Any) -> str:
-    return f"job-{changes.get('state') or 'facts'}"
-
-
 def main() -> None:
     """Run the `wetread` command with every point wrapped."""
     _wrap_progress()
@@ -142,5 +138,6 @@ def main() -> None:
     _wrap(Store, "save_artifacts", lambda *_, **__: "save-artifacts")
     _wrap(Store, "plan_deliveries", lambda *_, **__: "plan")
     _wrap(Store, "mark_delivery", _delivery_point)
-    _wrap(Store, "update_job", _conclusion_point)
+    _wrap(Store, "update_job", lambda *_, **__: "job-updated")
+    _wrap(Store, "conclude_job", lambda *_, **__: "job-concluded")
     cli.main()
