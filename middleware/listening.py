@@ -2,9 +2,11 @@
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from datetime import timedelta
+from datetime import datetime, timedelta
+from typing import Any
 
 from connectors.errors import ConnectorError
 from middleware import telemetry
@@ -50,41 +52,69 @@ async def listen_to_hl7(systems: Systems, start_reading: StartReading) -> AsyncI
 
 
 async def _apply_forever(hearing: Hearing, systems: Systems, start_reading: StartReading) -> None:
-    """Apply messages as they arrive and look for the studies of finished orders, again every while: a study may
-    come after its order. An error leaves messages kept and orders unasked; the next turn tries them again."""
+    """Apply messages as they arrive and look for the studies of finished orders: of those just changed at once, of
+    all of them every while, since a study may come after its order. An error leaves messages kept and orders
+    unasked; the next turn tries them again."""
+    look_at_all_at = 0.0
+    changed_since = systems.now()
     while True:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(hearing.arrived.wait(), LOOK_AGAIN_S)
         hearing.arrived.clear()
+        is_for_all = time.monotonic() >= look_at_all_at
+        since = systems.now() - timedelta(days=LOOK_BACK_DAYS) if is_for_all else changed_since
+        turn_began = systems.now()
         try:
             await asyncio.to_thread(hearing.apply_all)
-            await _read_finished_orders(systems, start_reading)
+            await _read_finished_orders(systems, start_reading, since)
         except Exception as error:
             telemetry.log("applying HL7 failed", source="hl7", kind=type(error).__name__)
+            continue
+        changed_since = turn_began
+        if is_for_all:
+            look_at_all_at = time.monotonic() + LOOK_AGAIN_S
 
 
-async def _read_finished_orders(systems: Systems, start_reading: StartReading) -> None:
-    since = systems.now() - timedelta(days=LOOK_BACK_DAYS)
+async def _read_finished_orders(systems: Systems, start_reading: StartReading, since: datetime) -> None:
+    """Hand on the studies of orders that are done, changed since then and not handed on yet."""
     for order in await asyncio.to_thread(systems.heard.orders_to_read, IMAGES_ARE_THERE, since):
         studies = await _find_studies(order, systems)
         for study_uid in studies:
-            key = f"{order.order_id}/{study_uid}"
-            job, is_new = accept_study(systems.store, study_uid, source="hl7", key=key, now=systems.now())
-            if is_new:
-                await start_reading(job)
+            await _read(study_uid, f"{order.order_id}/{study_uid}", systems, start_reading)
         if studies:
-            systems.heard.mark_asked(order.order_id)
+            await asyncio.to_thread(systems.heard.mark_asked, order.order_id)
+
+
+async def _read(study_uid: str, key: str, systems: Systems, start_reading: StartReading) -> None:
+    try:
+        job, _ = await asyncio.to_thread(
+            accept_study, systems.store, study_uid, source="hl7", key=key, now=systems.now()
+        )
+    except ValueError:  # the PACS has it under what is no DICOM UID
+        telemetry.log("study of an order not read", source="hl7", kind="not a DICOM UID")
+        return
+    await start_reading(job)  # again does nothing, and an earlier try may have failed between the two
 
 
 async def _find_studies(order: OrderRecord, systems: Systems) -> list[str]:
-    """The order's study UID or, where it states none, the studies that the PACS has under its accession number."""
-    if order.study_instance_uid:
-        return [order.study_instance_uid]
-    if not order.accession_number or systems.pacs is None:
+    """The studies of the order that the PACS has by now: by its study UID or, where it states none, its accession
+    number. What the PACS answers is compared: `*` in a number is a wildcard to it."""
+    keyword, tag, value = "StudyInstanceUID", _STUDY_UID, order.study_instance_uid
+    if not value:
+        keyword, tag, value = "AccessionNumber", _ACCESSION, order.accession_number
+    if not value or systems.pacs is None:
         return []
     try:
-        found = await systems.pacs.search_studies({"AccessionNumber": order.accession_number})
+        found = await systems.pacs.search_studies({keyword: value})
     except ConnectorError:
         telemetry.log("study of an order not looked up", source="hl7", state=order.status)
         return []
-    return [str(study["0020000D"]["Value"][0]) for study in found if study.get("0020000D", {}).get("Value")]
+    uids = [_value(study, _STUDY_UID) for study in found if _value(study, tag) == value]
+    return [uid for uid in uids if uid]
+
+
+_STUDY_UID, _ACCESSION = "0020000D", "00080050"
+
+
+def _value(study: dict[str, Any], tag: str) -> str:
+    return str(next(iter(study.get(tag, {}).get("Value", ())), "")).strip()

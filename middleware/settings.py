@@ -12,7 +12,13 @@ from zoneinfo import ZoneInfo
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, YamlConfigSettingsSource
+from pydantic_settings import (
+    BaseSettings,
+    NestedSecretsSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    YamlConfigSettingsSource,
+)
 from pydantic_settings import SettingsError as UnreadableVariable
 
 from connectors.dicomweb.config import DicomwebConfig
@@ -23,6 +29,8 @@ from connectors.triton.config import TritonConfig
 from middleware.errors import SettingsError
 
 DEFAULT_FILE = Path("wetread.yaml")
+SECRETS = frozenset({"token", "password", "key_password", "client_key_password"})
+"""Settings that come from the environment or from files only, whatever system they belong to."""
 
 
 class FolderPacs(BaseModel):
@@ -149,9 +157,15 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """Arguments win over the environment, which wins over the file."""
-        file = os.environ.get("WETREAD_CONFIG") or DEFAULT_FILE
-        return init_settings, env_settings, YamlConfigSettingsSource(settings_cls, yaml_file=file)
+        """Arguments win over the environment, that over files of secrets, and all of them over the YAML file."""
+        yaml_source = YamlConfigSettingsSource(settings_cls, yaml_file=os.environ.get("WETREAD_CONFIG") or DEFAULT_FILE)
+        folder = os.environ.get("WETREAD_SECRETS_DIR")
+        if not folder:
+            return init_settings, env_settings, yaml_source
+        secrets = NestedSecretsSettingsSource(
+            file_secret_settings, secrets_dir=folder, secrets_prefix="", secrets_nested_delimiter="__"
+        )
+        return init_settings, env_settings, secrets, yaml_source
 
     @property
     def store_url(self) -> str:
@@ -182,6 +196,9 @@ def load_settings(file: Path | None = None) -> Settings:
     if named and not Path(named).is_file():
         raise SettingsError(f"settings file {named} is not there")
     where = named or str(DEFAULT_FILE)
+    secrets_folder = os.environ.get("WETREAD_SECRETS_DIR")
+    if secrets_folder and not Path(secrets_folder).is_dir():
+        raise SettingsError(f"WETREAD_SECRETS_DIR: folder {secrets_folder} is not there")
     _refuse_misspelt_variables()
     _refuse_odd_file(Path(where))
     previous = os.environ.get("WETREAD_CONFIG")
@@ -230,5 +247,16 @@ def _refuse_odd_file(file: Path) -> None:
         raise SettingsError(f"{file}:{line}: not valid YAML: {error.problem or error.context}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise SettingsError(f"{file}: cannot be read as YAML ({type(error).__name__})") from None
+    _refuse_secrets(values, file)
     if values is not None and not (isinstance(values, dict) and all(isinstance(key, str) for key in values)):
         raise SettingsError(f"{file}:1: must be a mapping of settings, such as `data_dir: /var/lib/wetread`")
+
+
+def _refuse_secrets(values: object, file: Path) -> None:
+    """Raise SettingsError for a secret in the YAML file, which ends up in backups and repositories."""
+    for section, inner in values.items() if isinstance(values, dict) else ():
+        for name in inner if isinstance(inner, dict) else ():
+            if name in SECRETS:
+                variable = f"WETREAD_{str(section).upper()}__{name.upper()}"
+                where = f"set {variable}, or a file {section}__{name} in the folder WETREAD_SECRETS_DIR"
+                raise SettingsError(f"{file}: {section}.{name} is a secret and may not stand in this file; {where}")

@@ -279,11 +279,14 @@ def _heard_against(study: Study) -> tuple[str, ...]:
     """What HL7 messages say against releasing a result of this study as it stands."""
     heard = systems().heard
     reasons = []
-    if heard.surviving_patient(study.patient.patient_id) is not None:
+    patient = study.patient
+    if heard.was_merged_away(patient.patient_id, patient.issuer):
         reasons.append("the patient of the images was merged into another one (ADT^A40); correct the images first")
     order = heard.order_of(study_instance_uid=study.study_instance_uid, accession_number=study.accession_number)
     if order is not None and order.status in ("cancelled", "discontinued"):
         reasons.append(f"the order of this study is {order.status}")
+    if order is not None and heard.is_other_patient(order, patient.patient_id):
+        reasons.append("the order of this study is another patient's")
     return tuple(reasons)
 
 

@@ -9,13 +9,15 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, tzinfo
+from functools import partial
 
+from sqlalchemy.exc import OperationalError
 from sqlmodel import Session
 
 from mappings.inputs.er7_to_message import UnreadableMessage, read_message
 from mappings.inputs.hl7_to_event import message_to_events
 from mappings.model.ids import derive_control_id
-from mappings.model.message import Header, Message
+from mappings.model.message import Header, Message, drop_controls
 from mappings.outputs.message_to_ack import Outcome, build_ack, build_reject, codes_due
 from middleware import telemetry
 from middleware.intake.orders import apply_events
@@ -53,9 +55,11 @@ class Hearing:
             message = await asyncio.to_thread(read_message, raw)
         except UnreadableMessage as unreadable:
             await self._keep(self._row(raw, sender, unreadable.header, state="unreadable", notes=[unreadable.reason]))
+            telemetry.EVENTS.labels("hl7", "unreadable").inc()
             return (self._reject(raw, unreadable),)
         header = message.header
         if header.processing_id[:1] not in self._policy.processing_ids:
+            telemetry.EVENTS.labels("hl7", "not allowed").inc()
             allowed = ", ".join(sorted(self._policy.processing_ids))
             return self._answers(header, "reject", f"MSH-11 must be one of {allowed} here", "202")
         kept = await self._keep(self._row(raw, sender, header, state="received", notes=list(message.warnings)))
@@ -64,13 +68,11 @@ class Hearing:
 
     def _row(self, raw: bytes, sender: str, header: Header, *, state: str, notes: list[str]) -> HeardMessage:
         who = f"{sender}|{header.sending_application}|{header.sending_facility}"
-        digest = hashlib.sha256(raw).hexdigest()
-        key = hashlib.sha256(f"{who}\x1f{header.control_id}\x1f{digest}".encode()).hexdigest()
         return HeardMessage(
-            message_key=key,
-            sender=who,
-            control_id=header.control_id,
-            message_type=header.event,
+            message_key=hashlib.sha256(raw).hexdigest(),
+            sender=drop_controls(who),  # a header that cannot be read may hold what PostgreSQL does not take
+            control_id=drop_controls(header.control_id),
+            message_type=drop_controls(header.event),
             raw=raw,
             state=state,
             notes=notes,
@@ -120,11 +122,23 @@ class Hearing:
             self.arrived.set()
 
     def apply_all(self) -> None:
-        """Apply every message that was kept and not applied, in the order in which they came."""
+        """Apply every message that was kept and not applied, in the order in which they came. One that cannot be
+        applied for a reason of its own is refused and stops none behind it; a database that is away raises."""
         while positions := self._store.pending():
             for position in positions:
-                self._store.apply(position, self._apply_one)
+                try:
+                    self._store.apply(position, self._apply_one)
+                except OperationalError:
+                    raise
+                except Exception as error:
+                    reason = f"this message could not be applied: unexpected {type(error).__name__}"
+                    telemetry.log("HL7 message not applied", source="hl7", kind=type(error).__name__)
+                    self._store.apply(position, partial(_refuse, reason))
 
     def _apply_one(self, session: Session, heard: HeardMessage) -> None:
         message: Message = read_message(heard.raw)
         apply_events(session, heard, message_to_events(message, zone=self._policy.zone), self._now())
+
+
+def _refuse(reason: str, _session: Session, heard: HeardMessage) -> None:
+    heard.state, heard.notes = "refused", [*heard.notes, reason]

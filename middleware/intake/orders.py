@@ -1,12 +1,17 @@
 """What a message's events change: orders that never go back, patients that stay merged, reports.
 
-Numbers of an order come in any subset. They find the order; where they contradict it or name two, nothing is
-changed and a person is told: a guess here would join two patients.
+Numbers of an order come in any subset. They find the order; what was told under different numbers becomes one order
+once a message names them together. Where numbers contradict each other or patients differ, nothing is changed and a
+person is told: a guess here would join two patients.
 """
 
+from collections.abc import Iterable
 from datetime import datetime
+from itertools import combinations
+from typing import TypeVar
 
-from sqlmodel import Session, select
+from sqlalchemy import or_
+from sqlmodel import Session, col, select
 
 from mappings.model.events import (
     OrderEvent,
@@ -19,9 +24,11 @@ from mappings.model.events import (
 from mappings.model.ids import derive_uuid
 from mappings.model.study import PatientIdentity
 from middleware.store.heard import HeardMessage, OrderRecord, PatientRecord, ReportRecord
+from middleware.store.hearing import find_patient, find_survivor, same_patient
 
 NUMBERS = ("placer_order_number", "filler_order_number", "accession_number", "study_instance_uid")
 DETAILS = ("priority", "reason", "requester")
+PROCEDURE = ("procedure_code", "procedure_scheme", "procedure_meaning")
 
 Events = tuple[OrderEvent | PatientEvent | ReportEvent | UnhandledEvent, ...]
 
@@ -72,11 +79,8 @@ def _apply_order(session: Session, message: HeardMessage, event: OrderEvent, now
     order = _find_order(session, event)
     if order is None:
         order = OrderRecord(order_id=str(derive_uuid("order", message.message_key, _number_key(event))), updated_at=now)
-    _check_agreement(session, order, event)
-    for name in NUMBERS:
-        setattr(order, name, getattr(order, name) or getattr(event, name))
-    if event.patient.patient_id:
-        order.patient_id, order.patient_issuer = event.patient.patient_id, event.patient.issuer
+    _take_numbers(order, event)
+    _take_patient(order, event.patient.patient_id, event.patient.issuer)
     _advance(order, event)
     for name in DETAILS:
         if getattr(event, name) or name in event.cleared:
@@ -84,6 +88,8 @@ def _apply_order(session: Session, message: HeardMessage, event: OrderEvent, now
     if event.procedure:
         order.procedure_code, order.procedure_scheme = event.procedure.value, event.procedure.scheme
         order.procedure_meaning = event.procedure.meaning
+    elif "procedure" in event.cleared:
+        order.procedure_code = order.procedure_scheme = order.procedure_meaning = ""
     order.updated_at = now
     session.add(order)
     session.flush()
@@ -93,26 +99,77 @@ def _number_key(event: OrderEvent) -> str:
     return "|".join(getattr(event, name) for name in NUMBERS)
 
 
+def _take_numbers(record: OrderRecord | ReportRecord, told: OrderEvent | ReportEvent | OrderRecord) -> None:
+    for name in NUMBERS:
+        setattr(record, name, getattr(record, name) or getattr(told, name))
+
+
 def _find_order(session: Session, event: OrderEvent) -> OrderRecord | None:
-    found: dict[str, OrderRecord] = {}
-    for name in NUMBERS:
-        value = getattr(event, name)
-        if value:
-            for order in session.exec(select(OrderRecord).where(getattr(OrderRecord, name) == value)):
-                found[order.order_id] = order
-    if len(found) > 1:
-        raise Contradiction(f"the order numbers name {len(found)} different orders")
-    return next(iter(found.values()), None)
+    """The order that the event's numbers name. Several records, each told under other numbers, are joined: the
+    event says that they are one. Raises Contradiction where that cannot be."""
+    orders = _find_by_numbers(session, OrderRecord, event)
+    contradicting = {name for order in orders for name in _differing_numbers(order, event)}
+    contradicting.update(name for one, other in combinations(orders, 2) for name in _differing_numbers(one, other))
+    if contradicting and len(orders) > 1:
+        raise Contradiction(f"the order numbers name {len(orders)} different orders")
+    if contradicting:
+        raise Contradiction(f"the {_words(contradicting)} differs from the one known for this order")
+    _check_one_patient(session, [*map(_patient_of, orders), (event.patient.patient_id, event.patient.issuer)], "order")
+    for other in orders[1:]:
+        _join(session, orders[0], other)
+    return orders[0] if orders else None
 
 
-def _check_agreement(session: Session, order: OrderRecord, event: OrderEvent) -> None:
-    for name in NUMBERS:
-        known, told = getattr(order, name), getattr(event, name)
-        if known and told and known != told:
-            raise Contradiction(f"the {name.replace('_', ' ')} differs from the one known for this order")
-    told_id = event.patient.patient_id
-    if order.patient_id and told_id and _current(session, order.patient_id) != _current(session, told_id):
-        raise Contradiction("the order is known for another patient")
+Record = TypeVar("Record", OrderRecord, ReportRecord)
+
+
+def _find_by_numbers(session: Session, table: type[Record], event: OrderEvent | ReportEvent) -> list[Record]:
+    """Records that share a number with the event, the oldest first."""
+    named = [col(getattr(table, name)) == getattr(event, name) for name in NUMBERS if getattr(event, name)]
+    found = session.exec(select(table).where(or_(*named))).all() if named else ()
+    return sorted(found, key=lambda record: record.updated_at)
+
+
+def _differing_numbers(record: OrderRecord | ReportRecord, told: OrderEvent | ReportEvent | OrderRecord) -> list[str]:
+    pairs = [(name, getattr(record, name), getattr(told, name)) for name in NUMBERS]
+    return [name for name, known, other in pairs if known and other and known != other]
+
+
+def _words(names: Iterable[str]) -> str:
+    return ", ".join(name.replace("_", " ") for name in sorted(names))
+
+
+def _patient_of(record: OrderRecord | ReportRecord) -> tuple[str, str]:
+    return record.patient_id, record.patient_issuer
+
+
+def _take_patient(record: OrderRecord | ReportRecord, patient_id: str, issuer: str) -> None:
+    if patient_id:
+        known_issuer = record.patient_issuer if record.patient_id == patient_id else ""
+        record.patient_id, record.patient_issuer = patient_id, issuer or known_issuer
+
+
+def _check_one_patient(session: Session, patients: Iterable[tuple[str, str]], what: str) -> None:
+    """Raise Contradiction unless all that state a patient state the same one, merges followed."""
+    for one, other in combinations([patient for patient in patients if patient[0]], 2):
+        if not same_patient(session, one, other):
+            raise Contradiction(f"the {what} is known for another patient")
+
+
+def _join(session: Session, order: OrderRecord, other: OrderRecord) -> None:
+    """Make `order` both: the further status, a hold of either, and the details that the later one states."""
+    _take_numbers(order, other)
+    _take_patient(order, other.patient_id, other.patient_issuer)
+    if order_status_rank(other.status) > order_status_rank(order.status):  # type: ignore[arg-type]
+        order.status = other.status
+    order.is_on_hold = order.is_on_hold or other.is_on_hold
+    order.reading_asked = order.reading_asked or other.reading_asked
+    for names in (*((name,) for name in DETAILS), PROCEDURE):
+        if getattr(other, names[0]):
+            for name in names:
+                setattr(order, name, getattr(other, name))
+    session.delete(other)
+    session.flush()
 
 
 def _advance(order: OrderRecord, event: OrderEvent) -> None:
@@ -130,33 +187,18 @@ def _advance(order: OrderRecord, event: OrderEvent) -> None:
 # Patients
 
 
-def _patient_key(patient_id: str) -> str:
-    return patient_id
-
-
-def _current(session: Session, patient_id: str) -> str:
-    """The id under which a patient is known now, merges followed."""
-    seen: set[str] = set()
-    while patient_id not in seen:
-        seen.add(patient_id)
-        record = session.get(PatientRecord, _patient_key(patient_id))
-        if record is None or not record.merged_into:
-            return patient_id
-        patient_id = record.merged_into
-    return patient_id
-
-
 def _apply_patient(session: Session, event: PatientEvent, now: datetime) -> None:
     record = _remember(session, event.patient, now)
     if event.kind != "merge" or event.merged_patient is None:
         return
-    survivor = _current(session, event.patient.patient_id)
     away = _remember(session, event.merged_patient, now)
-    if survivor == away.patient_id:
+    survivor = find_survivor(session, record) or record
+    if survivor.patient_key == away.patient_key:
         raise Contradiction("the merge would move a patient into itself")
-    if away.merged_into and _current(session, away.patient_id) != survivor:
+    merged_before = find_survivor(session, away)
+    if merged_before is not None and merged_before.patient_key != survivor.patient_key:
         raise Contradiction("the patient merged away was merged into another one before")
-    away.merged_into, away.updated_at = record.patient_id, now
+    away.merged_into, away.updated_at = record.patient_key, now
     session.add(away)
     session.flush()
 
@@ -165,11 +207,10 @@ def _remember(session: Session, patient: PatientIdentity, now: datetime) -> Pati
     """The patient's record with what the message tells; a record that was merged away stays as it was."""
     if not patient.patient_id:
         raise Contradiction("the message names no patient id")
-    record = session.get(PatientRecord, _patient_key(patient.patient_id))
-    if record is None:
-        record = PatientRecord(
-            patient_key=_patient_key(patient.patient_id), patient_id=patient.patient_id, updated_at=now
-        )
+    found = find_patient(session, patient.patient_id, patient.issuer)
+    if len(found) > 1:
+        raise Contradiction("the patient id is known of several authorities, and the message states none")
+    record = found[0] if found else _new_patient(patient, now)
     if not record.merged_into:
         record.issuer = patient.issuer or record.issuer
         record.name = patient.name or record.name
@@ -181,23 +222,44 @@ def _remember(session: Session, patient: PatientIdentity, now: datetime) -> Pati
     return record
 
 
+def _new_patient(patient: PatientIdentity, now: datetime) -> PatientRecord:
+    key = str(derive_uuid("patient", patient.patient_id, patient.issuer))
+    return PatientRecord(patient_key=key, patient_id=patient.patient_id, updated_at=now)
+
+
 # Reports
 
 _REPORT_RANK = {"": 0, "P": 1, "F": 2, "C": 3, "X": 4}
 
 
 def _apply_report(session: Session, message: HeardMessage, event: ReportEvent, now: datetime) -> None:
-    """Keep the report's latest state: a preliminary one that comes late never replaces a final one."""
-    named = event.filler_order_number or event.accession_number or event.study_instance_uid or event.placer_order_number
-    if not named:
-        raise Contradiction("the report names no order, accession or study")
-    key = str(derive_uuid("report", message.sender, named))
-    record = session.get(ReportRecord, key) or ReportRecord(report_key=key, updated_at=now)
-    if _REPORT_RANK[event.status] < _REPORT_RANK[record.status]:
-        return
-    record.accession_number = event.accession_number or record.accession_number
-    record.study_instance_uid = event.study_instance_uid or record.study_instance_uid
-    record.patient_id = event.patient.patient_id or record.patient_id
-    record.status, record.text, record.reported_at = event.status, event.text, event.reported_at
-    record.updated_at = now
+    """Keep the report's latest state: a preliminary one that comes late never replaces a final one, nor an earlier
+    state a later one of the same status."""
+    record = _find_report(session, message, event, now)
+    _check_one_patient(session, [_patient_of(record), (event.patient.patient_id, event.patient.issuer)], "report")
+    _take_numbers(record, event)
+    _take_patient(record, event.patient.patient_id, event.patient.issuer)
+    if not _is_earlier(event, record):
+        record.status, record.text, record.reported_at = event.status, event.text, event.reported_at
+        record.updated_at = now
     session.add(record)
+    session.flush()
+
+
+def _find_report(session: Session, message: HeardMessage, event: ReportEvent, now: datetime) -> ReportRecord:
+    """The report with one of the event's numbers and no other one that differs: an accession may have several."""
+    named = [getattr(event, name) for name in NUMBERS]
+    if not any(named):
+        raise Contradiction("the report names no order, accession or study")
+    found = [r for r in _find_by_numbers(session, ReportRecord, event) if not _differing_numbers(r, event)]
+    if len(found) > 1:
+        raise Contradiction(f"the report's numbers name {len(found)} different reports")
+    key = str(derive_uuid("report", message.message_key, *named))
+    return found[0] if found else ReportRecord(report_key=key, updated_at=now)
+
+
+def _is_earlier(event: ReportEvent, record: ReportRecord) -> bool:
+    told, known = _REPORT_RANK[event.status], _REPORT_RANK[record.status]
+    if told != known or not (event.reported_at and record.reported_at):
+        return told < known
+    return event.reported_at < record.reported_at

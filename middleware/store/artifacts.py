@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import uuid
 from dataclasses import dataclass
 from typing import Any
@@ -36,6 +37,9 @@ class ArtifactStore:
             target = f"{path}.{uuid.uuid4().hex}.part" if self._is_local else path
             with self._fs.open(target, "wb") as file:
                 file.write(data)
+                if self._is_local:  # the record of it will outlive a power failure, so the bytes must too
+                    file.flush()
+                    os.fsync(file.fileno())
             if self._is_local:
                 self._fs.mv(target, path)
         return Ref(digest, len(data))

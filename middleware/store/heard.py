@@ -9,9 +9,10 @@ from middleware.store.tables import time_field
 
 
 class HeardMessage(SQLModel, table=True):
-    """One HL7 message as it came, kept before it is acknowledged. `message_key` is the digest of sender, control id
-    and content, so a resend is the same message. `state` is received, applied, refused (a contradiction that a
-    person settles), unhandled (kept, nothing is done with it) or unreadable; `notes` say why."""
+    """One HL7 message as it came, kept before it is acknowledged. `message_key` is the digest of its content (which
+    holds sender and control id), so a resend is the same message, whatever address it comes from. `state` is received,
+    applied, refused (a contradiction that a person settles), unhandled (kept, nothing is done with it) or unreadable;
+    `notes` say why."""
 
     __tablename__ = "heard_message"
     position: int | None = Field(default=None, primary_key=True)
@@ -51,7 +52,8 @@ class OrderRecord(SQLModel, table=True):
 
 
 class PatientRecord(SQLModel, table=True):
-    """One patient identifier. `merged_into` names the patient that a merge moved this one to; it never empties."""
+    """One patient identifier, of one authority (`issuer`; empty where no message stated it). `merged_into` is the key
+    of the patient that a merge moved this one to; it never empties."""
 
     __tablename__ = "patient_record"
     patient_key: str = Field(primary_key=True)
@@ -69,9 +71,12 @@ class ReportRecord(SQLModel, table=True):
 
     __tablename__ = "report_record"
     report_key: str = Field(primary_key=True)
+    placer_order_number: str = Field(default="", index=True)
+    filler_order_number: str = Field(default="", index=True)
     accession_number: str = Field(default="", index=True)
     study_instance_uid: str = Field(default="", index=True)
     patient_id: str = ""
+    patient_issuer: str = ""
     status: str = ""
     text: str = ""
     reported_at: datetime | None = time_field(nullable=True)

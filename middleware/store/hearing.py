@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
 
-from sqlalchemy import Engine
+from sqlalchemy import Engine, func
 from sqlmodel import Session, SQLModel, col, select
 
 from middleware.store.heard import HeardMessage, OrderRecord, PatientRecord
@@ -88,8 +88,8 @@ class HearingStore:
     def count_by_state(self) -> dict[str, int]:
         """How many messages are in each state."""
         with Session(self._engine) as session:
-            states = session.exec(select(HeardMessage.state)).all()
-        return {state: states.count(state) for state in sorted(set(states))}
+            query = select(HeardMessage.state, func.count()).group_by(HeardMessage.state)
+            return dict(session.exec(query.order_by(HeardMessage.state)).all())
 
     def order_of(self, *, study_instance_uid: str, accession_number: str) -> OrderRecord | None:
         """The order of a study, by its UID or else its accession number."""
@@ -115,10 +115,21 @@ class HearingStore:
                 order.reading_asked = True
                 session.add(order)
 
-    def surviving_patient(self, patient_id: str) -> PatientRecord | None:
-        """The record that a patient id was merged into, None where it was not merged away."""
+    def was_merged_away(self, patient_id: str, issuer: str = "") -> bool:
+        """Whether a merge moved this patient id into another one. Where its authority is not known here by this
+        name, one of any authority counts: a result too many held harms nobody."""
         with Session(self._engine) as session:
-            return find_survivor(session, patient_id)
+            known = session.exec(select(PatientRecord).where(PatientRecord.patient_id == patient_id)).all()
+            exact = [record for record in known if record.issuer == issuer]
+            return any(record.merged_into for record in exact or known)
+
+    def is_other_patient(self, order: OrderRecord, patient_id: str) -> bool:
+        """Whether an order is for another patient than this one, merges followed; no where either is not stated.
+        Authorities are left out: DICOM and HL7 seldom call them the same."""
+        if not (order.patient_id and patient_id):
+            return False
+        with Session(self._engine) as session:
+            return not same_patient(session, (order.patient_id, ""), (patient_id, ""))
 
 
 def find_one_order(session: Session, *, study_instance_uid: str, accession_number: str) -> OrderRecord | None:
@@ -133,13 +144,31 @@ def find_one_order(session: Session, *, study_instance_uid: str, accession_numbe
     return None
 
 
-def find_survivor(session: Session, patient_id: str) -> PatientRecord | None:
-    """Follow merges from a patient id to the end; None where it was never merged away."""
-    seen = {patient_id}
+def find_patient(session: Session, patient_id: str, issuer: str) -> list[PatientRecord]:
+    """The record of a patient id of this authority or, where there is none, all that may be it: an authority that is
+    not stated, by the message or so far, excludes none."""
+    known = session.exec(select(PatientRecord).where(PatientRecord.patient_id == patient_id)).all()
+    exact = [record for record in known if record.issuer == issuer]
+    return exact or [record for record in known if not record.issuer or not issuer]
+
+
+def find_survivor(session: Session, patient: PatientRecord) -> PatientRecord | None:
+    """Follow merges from a patient to the end; None where it was never merged away."""
+    seen = {patient.patient_key}
     survivor: PatientRecord | None = None
-    record = session.exec(select(PatientRecord).where(PatientRecord.patient_id == patient_id)).first()
+    record: PatientRecord | None = patient
     while record is not None and record.merged_into and record.merged_into not in seen:
         seen.add(record.merged_into)
-        survivor = session.get(PatientRecord, record.merged_into)
-        record = survivor
+        survivor = record = session.get(PatientRecord, record.merged_into)
     return survivor
+
+
+def same_patient(session: Session, one: tuple[str, str], other: tuple[str, str]) -> bool:
+    """Whether two patients (id and authority, empty where not stated) are one, merges followed."""
+    if one[0] == other[0] and (one[1] == other[1] or not one[1] or not other[1]):
+        return True
+    ends = []
+    for patient_id, issuer in (one, other):
+        found = find_patient(session, patient_id, issuer)
+        ends.append({(find_survivor(session, record) or record).patient_key for record in found})
+    return len(ends[0]) == 1 and ends[0] == ends[1]
