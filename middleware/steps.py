@@ -23,8 +23,11 @@ from mappings.inputs.fhir_to_labs import LABS, LOINC
 from mappings.model.context import ClinicalContext
 from mappings.model.findings import Findings, ModelIdentity, RoleChoice
 from mappings.model.protocol import Protocol
+from mappings.model.rules import Verdict
 from mappings.model.study import Study
+from mappings.reading.routing import evaluate
 from mappings.reading.series_to_roles import choose_series, match_protocol
+from mappings.reading.study_to_facts import facts_of
 from mappings.reading.tensors_to_findings import AnswerUnusable, Reading, check_answer, tensors_to_findings
 from mappings.reading.volumes_to_tensors import volumes_to_tensors
 from middleware import telemetry
@@ -273,6 +276,28 @@ async def check_identity(job_id: str, route: Route, context: str) -> None:
         if disagreements and (systems().context is not None or systems().configured()):
             raise Stopped("held", disagreements)
         watch.detail = "; ".join(disagreements) or "images, order and EHR agree"
+
+
+@DBOS.step()
+async def apply_rules(job_id: str, route: Route, context: str) -> None:
+    """Stop (unmatched) where a rule of the protocol does not let the study in or sets it aside; every reason names
+    the value that decided. Nothing to retry."""
+    async with _run("rules", job_id) as watch:
+        loaded = systems().protocols[route["protocol"]]
+        facts = facts_of(_load(_STUDY, route["study"]), None, _load(_CONTEXT, context), systems().now())
+        failed = [(text, verdict) for text, rule in loaded.when if not (verdict := evaluate(rule, facts)).matched]
+        aside = [(text, verdict) for text, rule in loaded.set_aside if (verdict := evaluate(rule, facts)).matched]
+        reasons = (
+            *(f"set aside: {text.say or text.expression} ({_looked_at(verdict)})" for text, verdict in aside),
+            *(f"{text.say or 'a rule does not hold'}: {verdict.reason}" for text, verdict in failed),
+        )
+        if reasons:
+            raise Stopped("unmatched", reasons)
+        watch.detail = f"{len(loaded.when) + len(loaded.set_aside)} rules let the study in"
+
+
+def _looked_at(verdict: Verdict) -> str:
+    return ", ".join(f"{name} is {value}" for name, value in verdict.values_looked_at.items())
 
 
 def _heard_against(study: Study) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from mappings.model.codes import Code
+from mappings.model.rules import RuleText
 
 Scalar = str | float | int | bool
 
@@ -110,7 +111,8 @@ class Outputs:
 
 @dataclass(frozen=True)
 class Protocol:
-    """One reading protocol, complete."""
+    """One reading protocol, complete. A study that `match` lets in is read only if every rule of `when` holds, and
+    not if one of `set_aside` does (QA phantoms, test patients); rules also see order and EHR context."""
 
     name: str
     version: str
@@ -122,6 +124,8 @@ class Protocol:
     rule: str
     outputs: Outputs
     procedure: Code
+    when: tuple[RuleText, ...] = ()
+    set_aside: tuple[RuleText, ...] = ()
 
     def role(self, name: str) -> Role:
         """The role of this name; KeyError where the protocol has none."""

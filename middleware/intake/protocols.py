@@ -11,6 +11,8 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from mappings.model.protocol import Condition, Protocol
+from mappings.model.rules import Rule, RuleError, RuleText
+from mappings.reading.routing import compile_rule
 from mappings.reading.series_to_roles import SERIES_ATTRIBUTES, STUDY_ATTRIBUTES
 from mappings.rules import pirads_v2_1
 from middleware.errors import SettingsError
@@ -30,11 +32,14 @@ ARTIFACT_KINDS = {
 
 @dataclass(frozen=True)
 class LoadedProtocol:
-    """A protocol and the sha256 of the file it came from, so that a result can name the exact text."""
+    """A protocol, the sha256 of the file it came from, so that a result can name the exact text, and its rules
+    ready to be evaluated."""
 
     protocol: Protocol
     digest: str
     file: str
+    when: tuple[tuple[RuleText, Rule], ...] = ()
+    set_aside: tuple[tuple[RuleText, Rule], ...] = ()
 
 
 def load_protocols(folder: Path | None = None) -> dict[str, LoadedProtocol]:
@@ -73,7 +78,10 @@ def load_protocol(file: Path) -> LoadedProtocol:
         problems = list(_meaning_problems(protocol))
     if problems:
         raise SettingsError("\n".join(f"{file}:{_line(tree, place)}: {text}" for place, text in problems))
-    return LoadedProtocol(protocol, hashlib.sha256(text.encode()).hexdigest(), str(file))
+    when, set_aside = (
+        [(r, compile_rule(r.expression)) for r in rules] for rules in (protocol.when, protocol.set_aside)
+    )
+    return LoadedProtocol(protocol, hashlib.sha256(text.encode()).hexdigest(), str(file), tuple(when), tuple(set_aside))
 
 
 Place = tuple[str | int, ...]
@@ -141,6 +149,12 @@ def _meaning_problems(protocol: Protocol) -> Iterator[Problem]:
         yield ("match",), "match is empty: the protocol would read every study"
     for index, condition in enumerate(protocol.match):
         yield from _condition_problems(condition, STUDY_ATTRIBUTES, ("match", index))
+    for section, rules in (("when", protocol.when), ("set_aside", protocol.set_aside)):
+        for index, rule in enumerate(rules):
+            try:
+                compile_rule(rule.expression)
+            except RuleError as error:
+                yield (section, index, "expression"), f"{section}: {error}"
     names = [role.name for role in protocol.roles]
     for index, role in enumerate(protocol.roles):
         if not role.must:

@@ -22,7 +22,9 @@ from mappings.model.protocol import (
     Role,
     Tensor,
 )
+from mappings.reading.routing import compile_rule
 from mappings.reading.series_to_roles import SERIES_ATTRIBUTES, STUDY_ATTRIBUTES
+from mappings.reading.study_to_facts import FACTS
 from middleware.api import events, health
 from middleware.cli import cli
 from middleware.errors import EndState
@@ -107,7 +109,7 @@ def test_every_setting_that_a_guide_names_exists(guide: Path) -> None:
 
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda g: g.name)
 def test_every_variable_that_a_guide_names_exists(guide: Path) -> None:
-    known = {variable(path) for path, _ in list_settings()} | {"WETREAD_CONFIG"}
+    known = {variable(path) for path, _ in list_settings()} | {"WETREAD_CONFIG", "WETREAD_SECRETS_DIR"}
     assert set(re.findall(r"\bWETREAD_[A-Z0-9_]+[A-Z0-9]\b", read(guide))) <= known
 
 
@@ -201,6 +203,14 @@ def test_the_attributes_table_holds_all_attributes() -> None:
         assert f"`{attribute}`" in text
 
 
+def test_the_guide_lists_the_facts_that_rules_may_use_and_its_example_rules_load() -> None:
+    text = read(ROOT / "docs" / "protocols.md")
+    assert first_cells(text, "fact") == set(FACTS)
+    example = yaml.safe_load(re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)[1])
+    for rule in (*example["when"], *example["set_aside"]):
+        compile_rule(rule["expression"])
+
+
 def test_the_model_contract_agrees_with_the_protocol_and_the_reference_model() -> None:
     text = read(ROOT / "docs" / "model-contract.md")
     model = yaml.safe_load(read(ROOT / "mappings" / "protocols" / "prostate_mri.yaml"))["model"]
@@ -254,7 +264,10 @@ def test_the_image_copies_what_exists_and_all_that_the_service_imports() -> None
     assert all((ROOT / source).exists() for source in sources)
     assert {"middleware", "connectors", "mappings", "templates", "deploy/triton"} <= set(sources)
     names = {word.partition("=")[0] for word in re.findall(r"WETREAD_\w+=", text)}
-    assert {name.rstrip("=") for name in names} <= {variable(path) for path, _ in list_settings()} | {"WETREAD_CONFIG"}
+    assert {name.rstrip("=") for name in names} <= {variable(path) for path, _ in list_settings()} | {
+        "WETREAD_CONFIG",
+        "WETREAD_SECRETS_DIR",
+    }
 
 
 def test_the_pictures_are_small() -> None:
