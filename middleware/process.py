@@ -179,9 +179,13 @@ def prepare_out(out: Path) -> None:
 async def _read(systems: Systems, study_uid: str, protocol: str) -> StudyJob:
     """Accept the study, wait for its reading and for every delivery to settle."""
     job, _ = accept_study(systems.store, study_uid, source="process", key=uuid4().hex, now=systems.now())
-    with SetWorkflowID(workflow_id(job)):
-        handle = await DBOS.start_workflow_async(read_study, job.job_id, study_uid, protocol)
-    state = await handle.get_result(polling_interval_sec=0.05)
+    state = ""
+    while job.state in ("accepted", "reading") or not state:
+        # A run that an earlier command left unfinished goes on first; then comes ours.
+        with SetWorkflowID(workflow_id(job)):
+            handle = await DBOS.start_workflow_async(read_study, job.job_id, study_uid, protocol)
+        state = await handle.get_result(polling_interval_sec=0.05)
+        job = systems.store.job(job.job_id)
     sent = _deliveries_of(systems, systems.store.job(job.job_id)) if state == "released" else ()
     for destination in dict.fromkeys(d.destination for d in sent if d.destination in systems.configured()):
         delivering: Any = await DBOS.retrieve_workflow_async(f"{workflow_id(job)}/{destination}")

@@ -9,6 +9,7 @@ import io
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar
@@ -410,20 +411,23 @@ def _derive(job_id: str, images: Images, route: Route, context_digest: str, answ
 
 
 def _as_revision(findings: Findings, job: StudyJob) -> Findings:
-    """The released findings themselves where nothing but the time differs, else the next revision after them."""
+    """The released findings themselves where nothing that is reported differs, else the next revision after them."""
     if "findings" not in job.facts:
         return findings
     released = _load(_FINDINGS, job.facts["findings"])
-    same_time = replace(
-        findings,
-        revision=released.revision,
-        predecessor_revision=released.predecessor_revision,
-        created_at=released.created_at,
-        status=released.status,
-    )
-    if _FINDINGS.dump_json(same_time) == _FINDINGS.dump_json(released):
+    if _reported(findings) == _reported(released):
         return released
     return replace(findings, revision=released.revision + 1, predecessor_revision=released.revision)
+
+
+def _reported(findings: Findings) -> bytes:
+    """The findings without what differs each time: the revision, the time, and why the other series of the study
+    were refused, since our own results are among them once the PACS has them."""
+    roles = tuple(replace(role, reasons=()) for role in findings.roles)
+    same_each_time = replace(
+        findings, revision=0, predecessor_revision=None, created_at=datetime.min, status="preliminary", roles=roles
+    )
+    return _FINDINGS.dump_json(same_each_time)
 
 
 def _summary(findings: Findings) -> str:

@@ -68,11 +68,16 @@ class Service:
         except httpx.HTTPError:
             return None
 
+    def jobs(self, study_uid: str) -> list[dict[str, Any]]:
+        """The readings of a study."""
+        found: list[dict[str, Any]] = self.http.get(f"/studies/{study_uid}/jobs").json()
+        return found
+
     def wait_until_settled(self, study_uid: str, timeout_s: float = 60.0) -> dict[str, Any]:
         """The study's only job once its reading has ended and no delivery is under way, with its `deliveries`."""
         deadline = time.monotonic() + timeout_s
         while True:
-            (job,) = self.http.get(f"/studies/{study_uid}/jobs").json()
+            (job,) = self.jobs(study_uid)
             deliveries = self.http.get(f"/jobs/{job['job_id']}/deliveries").json()
             if job["state"] not in ("accepted", "reading") and all(d["state"] in SETTLED for d in deliveries):
                 return {**job, "deliveries": deliveries}

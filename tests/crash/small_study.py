@@ -48,7 +48,7 @@ class SmallStudy:
 
     def copy(self, name: str) -> Copy:
         """The study under UIDs, patient and accession number of its own, derived from `name`."""
-        spec = replace(SPEC, patient_id=f"CRASH-{name}", accession=f"A-{name}"[:16])
+        spec = replace(SPEC, patient_id=f"CRASH-{name}", accession=derived_uid(name)[-12:])
         study_uid = derived_uid(f"crash/{name}")
         instances = []
         for original in self._datasets:

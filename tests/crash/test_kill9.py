@@ -217,11 +217,13 @@ def test_an_event_during_a_reading_that_is_killed_as_it_ends(line: Line) -> None
     fresh = line.bring("again")
     line.arm.write_text("job-concluded.after")
     line.service.announce(fresh.study_uid)
+    while line.service.jobs(fresh.study_uid)[0]["state"] == "accepted":
+        time.sleep(0.01)
     line.service.announce(fresh.study_uid, **{"Idempotency-Key": "late image"})
     assert line.service.wait_for_death(60) == SIGKILLED
     line.start()
     assert line.faults(fresh) == []
-    (job,) = line.service.http.get(f"/studies/{fresh.study_uid}/jobs").json()
+    (job,) = line.service.jobs(fresh.study_uid)
     assert job["revision"] == 1
     reads = [entry for entry in line.service.log().splitlines() if '"fetch"' in entry and job["job_id"] in entry]
     assert len(reads) == 2
