@@ -22,9 +22,11 @@ from mappings.outputs.message_to_ack import Outcome, build_ack, build_reject, co
 from middleware import telemetry
 from middleware.intake.orders import apply_events
 from middleware.store.heard import HeardMessage
-from middleware.store.hearing import HearingStore, Kept
+from middleware.store.hearing import Arrived, HearingStore, Kept
 
 MAX_BATCH = 256
+READ_AT_ONCE_BYTES = 64 * 1024
+"""Up to here reading takes less than a millisecond, which is less than to hand it to a thread is worth."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Hearing:
         self._store = store
         self._policy = policy
         self._now = now
-        self._waiting: asyncio.Queue[tuple[HeardMessage, asyncio.Future[Kept]]] = asyncio.Queue()
+        self._waiting: asyncio.Queue[tuple[Arrived, asyncio.Future[Kept]]] = asyncio.Queue()
         self.arrived = asyncio.Event()
 
     async def take(self, raw: bytes, sender: str) -> tuple[bytes, ...]:
@@ -52,9 +54,9 @@ class Hearing:
         and the sender sends again.
         """
         try:
-            message = await asyncio.to_thread(read_message, raw)
+            message = await _read(raw)
         except UnreadableMessage as unreadable:
-            await self._keep(self._row(raw, sender, unreadable.header, state="unreadable", notes=[unreadable.reason]))
+            await self._keep(self._arrived(raw, sender, unreadable.header, unreadable.reason))
             telemetry.EVENTS.labels("hl7", "unreadable").inc()
             return (self._reject(raw, unreadable),)
         header = message.header
@@ -62,20 +64,19 @@ class Hearing:
             telemetry.EVENTS.labels("hl7", "not allowed").inc()
             allowed = ", ".join(sorted(self._policy.processing_ids))
             return self._answers(header, "reject", f"MSH-11 must be one of {allowed} here", "202")
-        kept = await self._keep(self._row(raw, sender, header, state="received", notes=list(message.warnings)))
+        kept = await self._keep(self._arrived(raw, sender, header, "", *message.warnings))
         telemetry.EVENTS.labels("hl7", kept.outcome).inc()
         return self._answers(header, "accept")
 
-    def _row(self, raw: bytes, sender: str, header: Header, *, state: str, notes: list[str]) -> HeardMessage:
-        who = f"{sender}|{header.sending_application}|{header.sending_facility}"
-        return HeardMessage(
-            message_key=hashlib.sha256(raw).hexdigest(),
-            sender=drop_controls(who),  # a header that cannot be read may hold what PostgreSQL does not take
+    def _arrived(self, raw: bytes, sender: str, header: Header, unreadable: str = "", *notes: str) -> Arrived:
+        return Arrived(
+            raw=raw,
+            # A header that cannot be read may hold what PostgreSQL does not take.
+            sender=drop_controls(f"{sender}|{header.sending_application}|{header.sending_facility}"),
             control_id=drop_controls(header.control_id),
             message_type=drop_controls(header.event),
-            raw=raw,
-            state=state,
-            notes=notes,
+            state="unreadable" if unreadable else "received",
+            notes=[*filter(None, (unreadable,)), *notes],
             received_at=self._now(),
         )
 
@@ -98,19 +99,17 @@ class Hearing:
         control_id = derive_control_id("ack", hashlib.sha256(raw).hexdigest(), now.isoformat())
         return build_reject(raw, unreadable.reason, now=now, control_id=control_id, error_code=unreadable.error_code)
 
-    async def _keep(self, row: HeardMessage) -> Kept:
+    async def _keep(self, arrived: Arrived) -> Kept:
         done: asyncio.Future[Kept] = asyncio.get_running_loop().create_future()
-        await self._waiting.put((row, done))
+        await self._waiting.put((arrived, done))
         return await done
 
     async def write_forever(self) -> None:
         """Commit waiting messages, all that came meanwhile in one transaction, until cancelled."""
         while True:
-            batch = [await self._waiting.get()]
-            while not self._waiting.empty() and len(batch) < MAX_BATCH:
-                batch.append(self._waiting.get_nowait())
+            batch = await self._next_batch()
             try:
-                kept = await asyncio.to_thread(self._store.keep, [row for row, _ in batch])
+                kept = await asyncio.to_thread(self._store.keep, [arrived for arrived, _ in batch])
             except Exception as error:  # every sender of the batch gets no answer, and sends again
                 for _, done in batch:
                     if not done.done():
@@ -120,6 +119,14 @@ class Hearing:
                 if not done.done():
                     done.set_result(one)
             self.arrived.set()
+
+    async def _next_batch(self) -> list[tuple[Arrived, asyncio.Future[Kept]]]:
+        """All messages that are waiting, at least one; those that the event loop is about to hand over count too."""
+        batch = [await self._waiting.get()]
+        await asyncio.sleep(0)
+        while not self._waiting.empty() and len(batch) < MAX_BATCH:
+            batch.append(self._waiting.get_nowait())
+        return batch
 
     def apply_all(self) -> None:
         """Apply every message that was kept and not applied, in the order in which they came. One that cannot be
@@ -137,7 +144,13 @@ class Hearing:
 
     def _apply_one(self, session: Session, heard: HeardMessage) -> None:
         message: Message = read_message(heard.raw)
+        if self._store.was_control_id_used(session, heard):
+            heard.notes = [*heard.notes, "this control id was used before with other content"]
         apply_events(session, heard, message_to_events(message, zone=self._policy.zone), self._now())
+
+
+async def _read(raw: bytes) -> Message:
+    return read_message(raw) if len(raw) <= READ_AT_ONCE_BYTES else await asyncio.to_thread(read_message, raw)
 
 
 def _refuse(reason: str, _session: Session, heard: HeardMessage) -> None:

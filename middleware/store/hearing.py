@@ -1,24 +1,44 @@
 """Keeping messages and what they say. Keeping is one transaction for all that came together, so that many senders
 share one fsync; applying is one transaction a message, so that it happens once."""
 
+import hashlib
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Literal
+from typing import Any, Literal
 
 from sqlalchemy import Engine, func
+from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import Session, SQLModel, col, select
 
 from middleware.store.heard import HeardMessage, OrderRecord, PatientRecord
 
 
 @dataclass(frozen=True)
-class Kept:
-    """What keeping a message found: `new`, `repeated` (the same was kept before) or `changed` (the control id was
-    used before with other content; it is kept and will be applied)."""
+class Arrived:
+    """A message that came, to be kept as the `HeardMessage` of these columns; a plain object, since many come at
+    once. `notes` are what was odd about it."""
 
-    outcome: Literal["new", "repeated", "changed"]
+    raw: bytes
+    sender: str
+    control_id: str
+    message_type: str
+    state: Literal["received", "unreadable"]
+    notes: list[str]
+    received_at: datetime
+
+    @property
+    def message_key(self) -> str:
+        """The digest of its content."""
+        return hashlib.sha256(self.raw).hexdigest()
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What keeping a message found: `new`, or `repeated` (the same was kept before)."""
+
+    outcome: Literal["new", "repeated"]
     position: int
 
 
@@ -28,6 +48,7 @@ class HearingStore:
     def __init__(self, engine: Engine) -> None:
         self._engine = engine
         SQLModel.metadata.create_all(engine)
+        self._keeping = _write_upsert(engine)
 
     @contextmanager
     def changing(self) -> Iterator[Session]:
@@ -38,30 +59,24 @@ class HearingStore:
             yield session
             session.commit()
 
-    def keep(self, messages: Sequence[HeardMessage]) -> list[Kept]:
-        """Keep messages durably, in their order; one answer each."""
-        with self.changing() as session:
-            return [self._keep_one(session, message) for message in messages]
-
-    def _keep_one(self, session: Session, message: HeardMessage) -> Kept:
-        same = session.exec(select(HeardMessage).where(HeardMessage.message_key == message.message_key)).first()
-        if same is not None:
-            same.repeats += 1
-            session.add(same)
-            return Kept("repeated", same.position or 0)
-        reused = (
-            message.control_id
-            and session.exec(
-                select(HeardMessage.position).where(
-                    HeardMessage.control_id == message.control_id, HeardMessage.sender == message.sender
-                )
-            ).first()
-        )
-        if reused:
-            message.notes = [*message.notes, "this control id was used before with other content"]
-        session.add(message)
-        session.flush()
-        return Kept("changed" if reused else "new", message.position or 0)
+    def keep(self, arrived: Sequence[Arrived]) -> list[Kept]:
+        """Keep messages durably, in their order; one answer each. One statement for all, since senders wait."""
+        keys = [message.message_key for message in arrived]
+        rows: dict[str, dict[str, Any]] = {}
+        for key, message in zip(keys, arrived, strict=True):
+            if key in rows:
+                rows[key]["repeats"] += 1
+            else:
+                rows[key] = {**vars(message), "message_key": key, "repeats": 0}
+        with self._engine.begin() as connection:
+            kept = {row.message_key: row for row in connection.execute(self._keeping, list(rows.values()))}
+        seen: set[str] = set()
+        answers = []
+        for key in keys:
+            is_new = key not in seen and kept[key].repeats == rows[key]["repeats"]
+            seen.add(key)
+            answers.append(Kept("new" if is_new else "repeated", kept[key].position))
+        return answers
 
     def pending(self, limit: int = 200) -> list[int]:
         """Positions of messages that are not applied yet, in the order in which they came."""
@@ -76,6 +91,15 @@ class HearingStore:
             if message is not None and message.state == "received":
                 change(session, message)
                 session.add(message)
+
+    def was_control_id_used(self, session: Session, message: HeardMessage) -> bool:
+        """Whether the sender of a message used its control id before, for other content."""
+        earlier = select(HeardMessage.position).where(
+            HeardMessage.control_id == message.control_id,
+            HeardMessage.sender == message.sender,
+            col(HeardMessage.position) < message.position,
+        )
+        return bool(message.control_id) and session.exec(earlier.limit(1)).first() is not None
 
     def message(self, position: int) -> HeardMessage:
         """The message; LookupError if there is none."""
@@ -130,6 +154,17 @@ class HearingStore:
             return False
         with Session(self._engine) as session:
             return not same_patient(session, (order.patient_id, ""), (patient_id, ""))
+
+
+def _write_upsert(engine: Engine) -> Any:
+    """Insert messages, or count a repeat of each that is there; gives back key, position and repeats."""
+    insert = postgresql.insert if engine.dialect.name == "postgresql" else sqlite.insert
+    table = HeardMessage.__table__  # type: ignore[attr-defined]
+    statement = insert(table)
+    more = table.c.repeats + statement.excluded.repeats + 1
+    return statement.on_conflict_do_update(index_elements=["message_key"], set_={"repeats": more}).returning(
+        table.c.message_key, table.c.position, table.c.repeats
+    )
 
 
 def find_one_order(session: Session, *, study_instance_uid: str, accession_number: str) -> OrderRecord | None:

@@ -1,6 +1,6 @@
 """`make bench`: every benchmark, one after the other, in one table beside its rival and its budget (DESIGN.md).
 
-`python -m tests.bench [fetch triton seg oru end-to-end]` runs those named, all where none is. Exits 1 where a budget
+`python -m tests.bench [fetch triton seg oru mllp end-to-end]` runs those named, all where none is. Exits 1 where a budget
 is broken.
 """
 
@@ -16,6 +16,7 @@ from rich.table import Table
 
 from tests.bench import bench_fetch
 from tests.bench.bench_end_to_end import bench_end_to_end
+from tests.bench.bench_mllp import bench_mllp
 from tests.bench.bench_oru import bench_oru
 from tests.bench.bench_seg import bench_seg
 from tests.bench.bench_triton import bench_client
@@ -67,6 +68,7 @@ BENCHES: Mapping[str, Callable[[], list[Row]]] = {
     "triton": triton_rows,
     "seg": lambda: [bench_seg()],
     "oru": lambda: [bench_oru()],
+    "mllp": bench_mllp,
     "end-to-end": bench_end_to_end,
 }
 
