@@ -7,10 +7,12 @@ from contextlib import asynccontextmanager
 import uvicorn
 from dbos import DBOS, SetWorkflowID
 from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
 
 from middleware import telemetry
 from middleware.api import events, health
 from middleware.api.limits import BodyLimit
+from middleware.api.refusals import refuse_invalid
 from middleware.bootstrap import READING_QUEUE, Overrides, open_systems, run_workflows
 from middleware.intake.inbox import accept_study, workflow_id
 from middleware.listening import listen_to_hl7
@@ -57,6 +59,7 @@ def create_app(settings: Settings) -> FastAPI:
         lifespan=lifespan,
     )
     app.add_middleware(BodyLimit)
+    app.add_exception_handler(RequestValidationError, refuse_invalid)
     app.include_router(events.router)
     app.include_router(health.router)
     return app

@@ -38,7 +38,16 @@ def show_job(job: StudyJob) -> JobOut:
     return JobOut.model_validate(job, from_attributes=True)
 
 
-@router.post("/events/study", status_code=202, responses={200: {"model": JobOut}, 503: {"description": "store full"}})
+@router.post(
+    "/events/study",
+    status_code=202,
+    responses={
+        200: {"model": JobOut},
+        409: {"description": "the key names an event of another study"},
+        413: {"description": "the body is too large"},
+        503: {"description": "the store is full or down"},
+    },
+)
 async def take_study_event(
     event: StudyEventIn,
     request: Request,
@@ -51,14 +60,18 @@ async def take_study_event(
     twice reads the study once.
     """
     state: Any = request.app.state
-    key = idempotency_key or event.study_instance_uid
+    uid = event.study_instance_uid
     try:
         job, is_new = accept_study(
-            state.systems.store, event.study_instance_uid, source="http", key=key, now=state.systems.now()
+            state.systems.store, uid, source="http", key=idempotency_key or uid, now=state.systems.now()
         )
+        if job.study_instance_uid != uid:
+            raise HTTPException(409, "this Idempotency-Key already names an event of another study; use one of its own")
+        await state.start_reading(job)
+    except ValueError as error:
+        raise HTTPException(422, str(error)) from error
     except (OSError, SQLAlchemyError) as error:
         raise HTTPException(503, "the store cannot take the event now; send it again later") from error
-    await state.start_reading(job)
     response.status_code = 202 if is_new else 200
     return show_job(job)
 
