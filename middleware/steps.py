@@ -560,7 +560,7 @@ async def attempt_delivery(delivery_id: str, attempt: int) -> Attempted:
         return Attempted(state=before.state, wait_s=0.0)
     resent = before.state == "in_flight"
     delivery = store.mark_delivery(delivery_id, now(), "in_flight", attempt=True)
-    outcome = await _send(delivery, resent=resent)
+    outcome = await _send_kept(delivery, resent=resent)
     if outcome.state == "retrying" and attempt >= retry.attempts:
         outcome = give_up(outcome, attempt)
     store.mark_delivery(delivery_id, now(), outcome.state, receipt=outcome.receipt, reason=outcome.reason)
@@ -573,9 +573,24 @@ async def attempt_delivery(delivery_id: str, attempt: int) -> Attempted:
     return Attempted(state=outcome.state, wait_s=retry.wait_s(attempt, outcome.retry_after_s))
 
 
-async def _send(delivery: Delivery, *, resent: bool) -> Outcome:
+async def _send_kept(delivery: Delivery, *, resent: bool) -> Outcome:
+    """Send what the artifact store kept. Every failure ends in a state that people see: of an unexpected one only
+    the RIS may have got something that it must not get twice."""
+    try:
+        data = systems().artifacts.get(delivery.digest)
+    except (FileNotFoundError, ValueError) as error:
+        return Outcome("dead", reason=f"{error}; nothing was sent")
+    except OSError as error:
+        return Outcome("retrying", reason=f"the artifact store cannot be read: {error}")
+    try:
+        return await _send(delivery, data, resent=resent)
+    except Exception as fault:
+        state = "ambiguous" if delivery.destination == "ris" else "dead"
+        return Outcome(state, reason=f"unexpected {type(fault).__name__}: {fault}")
+
+
+async def _send(delivery: Delivery, data: bytes, *, resent: bool) -> Outcome:
     here = systems()
-    data = here.artifacts.get(delivery.digest)
     if delivery.destination == "pacs" and here.pacs is not None:
         return await send_to_pacs(here.pacs, data, here.store.job(delivery.job_id).study_instance_uid)
     if delivery.destination == "ehr" and here.ehr is not None:
