@@ -102,7 +102,7 @@ class InboundConnection:
         self._piece_bytes = min(PIECE_BYTES, config.max_message_bytes)
         self._frame_since: float | None = None
         self._now = asyncio.get_running_loop().time
-        # `drain` then waits until the system has taken the whole answer. Not 0: asyncio's TLS pauses at 0 bytes already.
+        # `drain` then waits until the system has taken the whole answer. Not 0: asyncio's TLS pauses there.
         self._writer.transport.set_write_buffer_limits(high=1)
 
     async def converse(self) -> Problem | None:

@@ -67,7 +67,9 @@ def open_hospital(workdir: Path, *, models: Path = MODELS, told: Told = lambda *
     """Start every system at once (the EHR takes longest) and stop them all at the end, however that comes."""
     with ExitStack() as stack, ThreadPoolExecutor(4) as pool:
 
-        def up(name: str, start: Callable[[], AbstractContextManager[Server]], describe: Callable[[Server], str]) -> Server:
+        def up(
+            name: str, start: Callable[[], AbstractContextManager[Server]], describe: Callable[[Server], str]
+        ) -> Server:
             began = perf_counter()
             server = stack.enter_context(start())
             told(name, describe(server), perf_counter() - began)

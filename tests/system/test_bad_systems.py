@@ -346,7 +346,12 @@ def test_a_disk_that_is_full(limit_kib: int, tmp_path: Path, truth_triton: str) 
     write_config(tmp_path, [QUICK])
     command = ["prlimit", f"--fsize={limit_kib * 1024}", *CLI, "process", str(REAL_STUDY), "--out", "out"]
     (tmp_path / "tmp").mkdir()
-    environment = {"PATH": "/usr/bin:/bin", "TMPDIR": str(tmp_path / "tmp"), "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    environment = {
+        "PATH": "/usr/bin:/bin",
+        "TMPDIR": str(tmp_path / "tmp"),
+        "PYTHONPATH": str(ROOT),
+        "PYTHONDONTWRITEBYTECODE": "1",
+    }
     done = subprocess.run(
         [*command, "--triton", truth_triton], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60
     )
