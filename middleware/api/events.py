@@ -3,7 +3,7 @@
 from datetime import datetime
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Header, HTTPException, Request, Response
+from fastapi import APIRouter, Header, HTTPException, Path, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -11,6 +11,10 @@ from middleware.intake.inbox import accept_study
 from middleware.store.tables import StudyJob
 
 router = APIRouter(tags=["events"])
+
+JobId = Annotated[str, Path(pattern=r"^[ -~]{1,64}$")]
+StudyUid = Annotated[str, Path(pattern=r"^[0-9.]{1,64}$")]
+"""What may stand in a path: PostgreSQL cannot be asked for every string (U+0000)."""
 
 
 class StudyEventIn(BaseModel):
@@ -77,7 +81,7 @@ async def take_study_event(
 
 
 @router.get("/jobs/{job_id}")
-def get_job(job_id: str, request: Request) -> JobOut:
+def get_job(job_id: JobId, request: Request) -> JobOut:
     """Where one reading stands."""
     try:
         return show_job(request.app.state.systems.store.job(job_id))
@@ -86,7 +90,7 @@ def get_job(job_id: str, request: Request) -> JobOut:
 
 
 @router.get("/studies/{study_uid}/jobs")
-def get_jobs_of_study(study_uid: str, request: Request) -> list[JobOut]:
+def get_jobs_of_study(study_uid: StudyUid, request: Request) -> list[JobOut]:
     """All readings of one study, oldest first."""
     return [show_job(job) for job in request.app.state.systems.store.jobs_of_study(study_uid)]
 
@@ -105,7 +109,7 @@ class DeliveryOut(BaseModel):
 
 
 @router.get("/jobs/{job_id}/deliveries")
-def get_deliveries(job_id: str, request: Request) -> list[DeliveryOut]:
+def get_deliveries(job_id: JobId, request: Request) -> list[DeliveryOut]:
     """Where each artifact of a job is now."""
     rows = request.app.state.systems.store.deliveries(job_id=job_id)
     return [DeliveryOut.model_validate(row, from_attributes=True) for row in rows]

@@ -1,0 +1,107 @@
+"""The same line on PostgreSQL: a reading, a kill and a restart, and a second worker on the same database."""
+
+import os
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from deploy.hospital.ehr import start_fallback
+from deploy.hospital.pacs import RunningOrthanc
+from deploy.hospital.process import free_port
+from deploy.hospital.ris_process import start_ris
+from tests.commands import environment, zygote
+from tests.crash.line import Line, settings_for
+from tests.crash.small_study import SmallStudy
+from tests.serving import Service
+
+pytestmark = pytest.mark.xdist_group("crash")
+
+SIGKILLED = -9
+
+
+@pytest.fixture(scope="module")
+def database_url() -> Iterator[str]:
+    """A PostgreSQL server of this module alone, on loopback, in a folder that goes away."""
+    programs = sorted(Path("/usr/lib/postgresql").glob("*/bin"))[-1]
+    with tempfile.TemporaryDirectory(prefix="wetread-postgres-") as folder:
+        data, port = Path(folder) / "data", free_port()
+        if os.geteuid() == 0:  # PostgreSQL does not run as root
+            shutil.chown(folder, "postgres")
+        _run(programs / "initdb", "-D", data, "-U", "wetread", "--auth=trust", "-E", "UTF8", "--no-sync")
+        options = f"-c listen_addresses=127.0.0.1 -p {port} -k {folder}"
+        _run(programs / "pg_ctl", "-D", data, "-w", "-l", f"{folder}/log", "-o", options, "start")
+        try:
+            _run(programs / "createdb", "-h", "127.0.0.1", "-p", port, "-U", "wetread", "wetread")
+            yield f"postgresql://wetread@127.0.0.1:{port}/wetread"
+        finally:
+            _run(programs / "pg_ctl", "-D", data, "-w", "-m", "immediate", "stop")
+
+
+def _run(*command: object) -> None:
+    as_user = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
+    done = subprocess.run([*as_user, *map(str, command)], cwd="/", stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    assert done.returncode == 0, done.stderr.decode()
+
+
+@pytest.fixture(scope="module")
+def line(
+    tmp_path_factory: pytest.TempPathFactory,
+    study: SmallStudy,
+    orthanc: RunningOrthanc,
+    small_triton: str,
+    database_url: str,
+) -> Iterator[Line]:
+    folder = tmp_path_factory.mktemp("postgres")
+    with start_fallback(folder / "ehr") as ehr, start_ris(folder / "ris") as ris:
+        settings = {**settings_for(orthanc, ehr, ris, small_triton), "database_url": database_url}
+        made = Line(Service(folder / "service", settings), study, orthanc, ehr, ris, folder / "arm")
+        made.start()
+        yield made
+        made.stop()
+
+
+def test_a_study_is_read_and_delivered(line: Line) -> None:
+    fresh = line.bring("postgres")
+    answer = line.service.announce(fresh.study_uid)
+    assert answer is not None
+    assert answer.status_code == 202
+    assert line.faults(fresh) == []
+    assert sorted(p.name for p in line.service.data_dir.glob("*.sqlite")) == []
+
+
+@pytest.mark.parametrize("point", ["accept.after", "render.exit", "plan.after", "ehr-transaction.after"])
+def test_killed_and_restarted(point: str, line: Line) -> None:
+    fresh = line.bring(f"postgres-{point}")
+    line.arm.write_text(point)
+    answer = line.service.announce(fresh.study_uid)
+    assert line.service.wait_for_death(60) == SIGKILLED
+    line.start()
+    if answer is None:
+        line.service.announce(fresh.study_uid)
+    assert line.faults(fresh) == []
+
+
+def test_a_second_worker_takes_readings_too(line: Line, tmp_path: Path) -> None:
+    """Eight studies; every one is read once, and the worker has done some of them."""
+    folder = line.service.folder
+    env = environment(folder / "tmp", WETREAD_EXECUTOR_ID="worker-2")
+    out, log = tmp_path / "out", tmp_path / "log"
+    worker = zygote().start("middleware.cli:main", ["worker"], folder, env, out, log)
+    try:
+        studies = [line.bring(f"many-{n}") for n in range(8)]
+        for fresh in studies:
+            assert line.service.announce(fresh.study_uid) is not None
+        assert {fresh.study_uid: line.faults(fresh) for fresh in studies} == {s.study_uid: [] for s in studies}
+        assert log.read_text().count('"reading ended"') >= 1
+    finally:
+        os.kill(worker, 15)
+        assert zygote().wait(worker, 30) == 0, log.read_text()[-2000:]
+
+
+@pytest.mark.parametrize("path", ["/jobs/%00", "/jobs/a%00b/deliveries", "/studies/1.2%00/jobs"])
+def test_what_postgresql_cannot_hold_is_not_found(path: str, line: Line) -> None:
+    assert line.service.http.get(path).status_code in (200, 404, 422)
