@@ -6,6 +6,7 @@ fsync. `apply_all` then applies what was kept, now or after a restart.
 
 import asyncio
 import hashlib
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, tzinfo
@@ -25,8 +26,15 @@ from middleware.store.heard import HeardMessage
 from middleware.store.hearing import Arrived, HearingStore, Kept
 
 MAX_BATCH = 256
+TURNS_WITHOUT_NEWS = 4
+"""A batch is closed after so many turns of the event loop in which no further message came."""
 READ_AT_ONCE_BYTES = 64 * 1024
 """Up to here reading takes less than a millisecond, which is less than to hand it to a thread is worth."""
+
+
+QUIET_S, GIVE_WAY_S = 0.005, 0.05
+"""Applying a message waits until none came for `QUIET_S`, but no longer than `GIVE_WAY_S`: both write to one database,
+and the sender of the one that comes is waiting."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +53,7 @@ class Hearing:
         self._policy = policy
         self._now = now
         self._waiting: asyncio.Queue[tuple[Arrived, asyncio.Future[Kept]]] = asyncio.Queue()
+        self._last_came = 0.0
         self.arrived = asyncio.Event()
 
     async def take(self, raw: bytes, sender: str) -> tuple[bytes, ...]:
@@ -53,6 +62,7 @@ class Hearing:
         What cannot be read is kept too and answered AR. Raises what the store raises: then nothing is answered,
         and the sender sends again.
         """
+        self._last_came = time.monotonic()
         try:
             message = await _read(raw)
         except UnreadableMessage as unreadable:
@@ -121,11 +131,16 @@ class Hearing:
             self.arrived.set()
 
     async def _next_batch(self) -> list[tuple[Arrived, asyncio.Future[Kept]]]:
-        """All messages that are waiting, at least one; those that the event loop is about to hand over count too."""
+        """All messages that are waiting, at least one. Those that the event loop is about to hand over count too: a
+        commit costs more than a few turns of the loop, and senders that were answered together send together."""
         batch = [await self._waiting.get()]
-        await asyncio.sleep(0)
-        while not self._waiting.empty() and len(batch) < MAX_BATCH:
-            batch.append(self._waiting.get_nowait())
+        still = 0
+        while still < TURNS_WITHOUT_NEWS and len(batch) < MAX_BATCH:
+            still += 1
+            await asyncio.sleep(0)
+            while not self._waiting.empty() and len(batch) < MAX_BATCH:
+                batch.append(self._waiting.get_nowait())
+                still = 0
         return batch
 
     def apply_all(self) -> None:
@@ -133,6 +148,7 @@ class Hearing:
         applied for a reason of its own is refused and stops none behind it; a database that is away raises."""
         while positions := self._store.pending():
             for position in positions:
+                self._give_way()
                 try:
                     self._store.apply(position, self._apply_one)
                 except OperationalError:
@@ -141,6 +157,11 @@ class Hearing:
                     reason = f"this message could not be applied: unexpected {type(error).__name__}"
                     telemetry.log("HL7 message not applied", source="hl7", kind=type(error).__name__)
                     self._store.apply(position, partial(_refuse, reason))
+
+    def _give_way(self) -> None:
+        until = time.monotonic() + GIVE_WAY_S
+        while (at := time.monotonic()) < until and at - self._last_came < QUIET_S:
+            time.sleep(QUIET_S)
 
     def _apply_one(self, session: Session, heard: HeardMessage) -> None:
         message: Message = read_message(heard.raw)

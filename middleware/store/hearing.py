@@ -2,6 +2,7 @@
 share one fsync; applying is one transaction a message, so that it happens once."""
 
 import hashlib
+import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -49,11 +50,13 @@ class HearingStore:
         self._engine = engine
         SQLModel.metadata.create_all(engine)
         self._keeping = _write_upsert(engine)
+        # SQLite has one writer; who waits for it inside this process wakes at once, instead of looking now and then.
+        self._turn = threading.Lock()
 
     @contextmanager
     def changing(self) -> Iterator[Session]:
         """One transaction that reads before it writes, committed at the end."""
-        with Session(self._engine, expire_on_commit=False) as session:
+        with self._turn, Session(self._engine, expire_on_commit=False) as session:
             if self._engine.dialect.name == "sqlite":
                 session.connection().exec_driver_sql("BEGIN IMMEDIATE")
             yield session
@@ -68,7 +71,7 @@ class HearingStore:
                 rows[key]["repeats"] += 1
             else:
                 rows[key] = {**vars(message), "message_key": key, "repeats": 0}
-        with self._engine.begin() as connection:
+        with self._turn, self._engine.begin() as connection:
             kept = {row.message_key: row for row in connection.execute(self._keeping, list(rows.values()))}
         seen: set[str] = set()
         answers = []
