@@ -51,22 +51,32 @@ class Inbox:
         self._at = START
         self._hearing = Hearing(self.store, POLICY, lambda: self._at)
 
+    def keep(self, *raws: bytes) -> list[int]:
+        """Keep messages in one go; their positions."""
+        self._at += timedelta(minutes=1)
+        return [kept.position for kept in self.store.keep([self._arrived(raw) for raw in raws])]
+
+    def apply(self) -> None:
+        """Apply all that was kept."""
+        self._hearing.apply_all()
+
     def hear(self, raw: bytes) -> HeardMessage:
         """The message as it stands once it is applied."""
-        self._at += timedelta(minutes=1)
+        (position,) = self.keep(raw)
+        self.apply()
+        return self.store.message(position)
+
+    def _arrived(self, raw: bytes) -> Arrived:
         header = read_message(raw).header
-        arrived = Arrived(
+        return Arrived(
+            raw=raw,
             sender="10.0.0.1|RIS|C",
             control_id=header.control_id,
             message_type=header.event,
-            raw=raw,
             state="received",
             notes=[],
             received_at=self._at,
         )
-        (kept,) = self.store.keep([arrived])
-        self._hearing.apply_all()
-        return self.store.message(kept.position)
 
     def _all(self, table: type[SQLModel]) -> list[SQLModel]:
         with Session(self.engine) as session:

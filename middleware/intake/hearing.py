@@ -7,7 +7,7 @@ fsync. `apply_all` then applies what was kept, now or after a restart.
 import asyncio
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, tzinfo
 from functools import partial
@@ -30,8 +30,8 @@ TURNS_WITHOUT_NEWS = 4
 """A batch is closed after so many turns of the event loop in which no further message came."""
 READ_AT_ONCE_BYTES = 64 * 1024
 """Up to here reading takes less than a millisecond, which is less than to hand it to a thread is worth."""
-
-
+APPLY_TOGETHER = 8
+"""Messages applied in one transaction: fewer commits, and none that arrives waits for long."""
 QUIET_S, GIVE_WAY_S = 0.005, 0.05
 """Applying a message waits until none came for `QUIET_S`, but no longer than `GIVE_WAY_S`: both write to one database,
 and the sender of the one that comes is waiting."""
@@ -147,16 +147,23 @@ class Hearing:
         """Apply every message that was kept and not applied, in the order in which they came. One that cannot be
         applied for a reason of its own is refused and stops none behind it; a database that is away raises."""
         while positions := self._store.pending():
-            for position in positions:
+            for first in range(0, len(positions), APPLY_TOGETHER):
                 self._give_way()
-                try:
-                    self._store.apply(position, self._apply_one)
-                except OperationalError:
-                    raise
-                except Exception as error:
-                    reason = f"this message could not be applied: unexpected {type(error).__name__}"
-                    telemetry.log("HL7 message not applied", source="hl7", kind=type(error).__name__)
-                    self._store.apply(position, partial(_refuse, reason))
+                self._apply(positions[first : first + APPLY_TOGETHER])
+
+    def _apply(self, positions: Sequence[int]) -> None:
+        try:
+            self._store.apply(positions, self._apply_one)
+        except OperationalError:
+            raise
+        except Exception as error:
+            if len(positions) > 1:
+                for position in positions:
+                    self._apply([position])
+                return
+            reason = f"this message could not be applied: unexpected {type(error).__name__}"
+            telemetry.log("HL7 message not applied", source="hl7", kind=type(error).__name__)
+            self._store.apply(positions, partial(_refuse, reason))
 
     def _give_way(self) -> None:
         until = time.monotonic() + GIVE_WAY_S

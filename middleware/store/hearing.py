@@ -87,13 +87,15 @@ class HearingStore:
             query = select(HeardMessage.position).where(HeardMessage.state == "received")
             return [p for p in session.exec(query.order_by(col(HeardMessage.position)).limit(limit)) if p is not None]
 
-    def apply(self, position: int, change: Callable[[Session, HeardMessage], None]) -> None:
-        """Let `change` apply a message and set its state, all in one transaction; nothing if it was applied before."""
+    def apply(self, positions: Sequence[int], change: Callable[[Session, HeardMessage], None]) -> None:
+        """Let `change` apply messages in this order and set their states, all in one transaction; nothing to those
+        that were applied before."""
         with self.changing() as session:
-            message = session.get(HeardMessage, position)
-            if message is not None and message.state == "received":
-                change(session, message)
-                session.add(message)
+            for position in positions:
+                message = session.get(HeardMessage, position)
+                if message is not None and message.state == "received":
+                    change(session, message)
+                    session.add(message)
 
     def was_control_id_used(self, session: Session, message: HeardMessage) -> bool:
         """Whether the sender of a message used its control id before, for other content."""
