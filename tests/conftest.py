@@ -1,11 +1,10 @@
 """Real servers that many tests share: one of each a pytest process, started when first asked for.
 
-Tests that need the whole hospital say `@pytest.mark.xdist_group("hospital")`, so that one worker runs them all.
+Run in parallel, tests of one file stay together (`--dist loadfile`): what a file sets up is set up once.
 """
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -17,10 +16,6 @@ from tests.fixtures.triton_truth import build_truth_repository
 from tests.fixtures.triton_truth.study import RealStudy, real_study
 
 pytest.register_assert_rewrite("tests.commands", "tests.serving")
-
-
-def pytest_configure(config: Any) -> None:
-    config.addinivalue_line("markers", "xdist_group(name): tests of one group run on one worker")
 
 
 @pytest.fixture(scope="session")

@@ -22,8 +22,6 @@ from tests.crash.small_study import Copy, SmallStudy
 from tests.crash.victim import STEPS
 from tests.serving import Service
 
-pytestmark = pytest.mark.xdist_group("crash")
-
 SIGKILLED = -9
 SOAK = bool(os.environ.get("WETREAD_SOAK"))
 SEEDS, STUDIES, KILLS = (30, 6, 15) if SOAK else (1, 3, 5)

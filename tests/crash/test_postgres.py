@@ -18,8 +18,6 @@ from tests.crash.line import Line, settings_for
 from tests.crash.small_study import SmallStudy
 from tests.serving import Service
 
-pytestmark = pytest.mark.xdist_group("crash")
-
 SIGKILLED = -9
 
 

@@ -16,8 +16,6 @@ from hypothesis import strategies as st
 
 from tests.serving import Service
 
-pytestmark = pytest.mark.xdist_group("api")
-
 ROOT_UID = "1.2.826.0.1.3680043.8.498"
 QUICK = {"retry": {"attempts": 1, "first_wait_s": 0.05}}
 EXPECTED = {200, 202, 400, 404, 405, 413, 415, 422}

@@ -33,8 +33,6 @@ from tests.builders import STUDY_UID
 from tests.dicom_sources import build_sources
 from tests.proxy import Judge, Proxy, Seen, open_proxy
 
-pytestmark = pytest.mark.xdist_group("hospital")
-
 NOW = datetime(2026, 3, 4, 10, 30, tzinfo=UTC)
 ATTEMPTS = 4
 

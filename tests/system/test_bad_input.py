@@ -24,8 +24,6 @@ from tests.studies import (
     series_folder,
 )
 
-pytestmark = pytest.mark.xdist_group("bad-input")
-
 USAGE, UNMATCHED, UNUSABLE = 2, 3, 4
 
 

