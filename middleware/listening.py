@@ -35,7 +35,9 @@ async def listen_to_hl7(systems: Systems, start_reading: StartReading) -> AsyncI
     if config is None:
         yield None
         return
-    policy = HearingPolicy(frozenset(config.processing_ids), systems.settings.zone)
+    site = systems.settings.site
+    own_name = (site.sending_application, site.sending_facility)
+    policy = HearingPolicy(frozenset(config.processing_ids), systems.settings.zone, own_name)
     hearing = Hearing(systems.heard, policy, systems.now)
     hearing.arrived.set()
     writing = asyncio.create_task(hearing.write_forever())

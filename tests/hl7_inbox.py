@@ -44,12 +44,12 @@ def order_segments(control: str, numbers: Sequence[str], *, status: str = "", re
 class Inbox:
     """Messages heard one after the other, a minute apart, each applied at once."""
 
-    def __init__(self) -> None:
+    def __init__(self, policy: HearingPolicy = POLICY) -> None:
         engine = create_engine("sqlite://", poolclass=StaticPool, connect_args={"check_same_thread": False})
         self.engine = engine
         self.store = HearingStore(engine)
         self._at = START
-        self._hearing = Hearing(self.store, POLICY, lambda: self._at)
+        self._hearing = Hearing(self.store, policy, lambda: self._at)
 
     def keep(self, *raws: bytes) -> list[int]:
         """Keep messages in one go; their positions."""

@@ -39,10 +39,12 @@ and the sender of the one that comes is waiting."""
 
 @dataclass(frozen=True)
 class HearingPolicy:
-    """What a site accepts: MSH-11 values, and the zone of times without an offset."""
+    """What a site accepts: MSH-11 values, the zone of times without an offset, and our own name (MSH-3, MSH-4), by
+    which a result of ours that an interface engine sends round is known as no radiologist's report."""
 
     processing_ids: frozenset[str]
     zone: tzinfo
+    own_name: tuple[str, str] = ("", "")
 
 
 class Hearing:
@@ -174,6 +176,9 @@ class Hearing:
         message: Message = read_message(heard.raw)
         if self._store.was_control_id_used(session, heard):
             heard.notes = [*heard.notes, "this control id was used before with other content"]
+        if (message.header.sending_application, message.header.sending_facility) == self._policy.own_name:
+            heard.state, heard.notes = "unhandled", [*heard.notes, "a message of our own came back"]
+            return
         apply_events(session, heard, message_to_events(message, zone=self._policy.zone), self._now())
 
 

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import permutations
 from typing import Any
 
@@ -15,7 +16,7 @@ from mappings.model.events import ORDER_STATUSES
 from middleware.intake import hearing
 from middleware.intake.orders import apply_events
 from middleware.store.heard import HeardMessage
-from tests.hl7_inbox import Inbox, order_segments, write_message, write_order
+from tests.hl7_inbox import POLICY, Inbox, order_segments, write_message, write_order
 
 UID = "1.2.840.99.1"
 WHOLE = ("P1", "F1", "A1", UID)
@@ -424,3 +425,12 @@ def test_message_stays_unapplied_while_the_database_is_away(inbox: Inbox, monkey
     assert inbox.store.pending() == [1]
     hear_all(inbox, ("XO", WHOLE))
     assert inbox.store.message(1).state == "applied"
+
+
+def test_a_result_of_our_own_that_comes_back_is_no_report() -> None:
+    inbox = Inbox(replace(POLICY, own_name=("WETREAD", "AI")))
+    theirs = write_message("ORU^R01", "R1", "OBR|1|P1|F1|MRPRO^MRI prostate^L|||||||||||||||||||||F")
+    assert inbox.hear(theirs.replace(b"|RIS|C|WETREAD|AI|", b"|WETREAD|AI|RIS|C|")).state == "unhandled"
+    assert inbox.reports == []
+    assert inbox.hear(theirs).state == "applied"
+    assert len(inbox.reports) == 1
