@@ -6,7 +6,9 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np
+import pydicom
 from pydicom.dataset import Dataset
+from pydicom.uid import UID
 
 from deploy.hospital.chart import chart_bundle
 from deploy.hospital.phantom import PhantomSpec, t2_axial_grid, truth_masks
@@ -36,10 +38,8 @@ class SmallStudy:
     """Seven slices of T2 (192 x 192), ADC and high-b."""
 
     def __init__(self, folder: Path) -> None:
-        import pydicom
-
         written = write_phantom(SPEC, folder)
-        self._datasets = []
+        self._datasets: list[Dataset] = []
         for number in (4, 7, 8):
             (series,) = written.glob(f"{number}-*")
             files = sorted(series.glob("*.dcm"))[FIRST_SLICE : FIRST_SLICE + SLICES]
@@ -58,7 +58,7 @@ class SmallStudy:
             dataset.FrameOfReferenceUID = derived_uid(f"crash/{name}/frame")
             dataset.SeriesInstanceUID = derived_uid(f"crash/{name}/{original.SeriesNumber}")
             uid = derived_uid(f"crash/{name}/{original.SOPInstanceUID}")
-            dataset.SOPInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID = uid
+            dataset.SOPInstanceUID = dataset.file_meta.MediaStorageSOPInstanceUID = UID(uid)
             buffer = BytesIO()
             dataset.save_as(buffer, enforce_file_format=True)
             instances.append(buffer.getvalue())

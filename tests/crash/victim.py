@@ -13,12 +13,14 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
+from dbos import DBOS
+
 from connectors.dicomweb.client import DicomwebClient
 from connectors.fhir.client import FhirClient
 from connectors.mllp.client import MllpClient
 from connectors.triton.client import TritonClient
 from middleware import app as service
-from middleware import cli, steps, workflow
+from middleware import cli, steps
 from middleware.store.queries import Store
 
 STEPS = {
@@ -97,7 +99,7 @@ def _wrap_run() -> None:
             yield watch
         _come_to(f"{step}.exit")
 
-    steps._run = wrapped  # type: ignore[assignment]
+    steps._run = wrapped
 
 
 def _wrap_progress() -> None:
@@ -111,7 +113,7 @@ def _wrap_progress() -> None:
 
         return await inner(self, study_uid, into, on_progress=report)
 
-    DicomwebClient.fetch_study = wrapped  # type: ignore[assignment]
+    DicomwebClient.fetch_study = wrapped  # type: ignore[method-assign]
 
 
 def _delivery_point(store: Store, delivery_id: str, now: Any, state: str, **_: Any) -> str:
@@ -133,7 +135,7 @@ def main() -> None:
     _wrap_async(MllpClient, "send", "ris-send")
     _wrap_async(TritonClient, "infer", "infer")
     _wrap_async(service, "start_reading", "queue")
-    _wrap_async(workflow.DBOS, "start_workflow_async", "start-delivering")
+    _wrap_async(DBOS, "start_workflow_async", "start-delivering")
     _wrap(Store, "accept_event", lambda *_, **__: "accept")
     _wrap(Store, "save_artifacts", lambda *_, **__: "save-artifacts")
     _wrap(Store, "plan_deliveries", lambda *_, **__: "plan")

@@ -260,7 +260,7 @@ def test_no_body_is_too_strange(body: bytes, service: Service) -> None:
 @given(uid=UIDS, key=st.text(st.characters(min_codepoint=32, max_codepoint=255), max_size=40))
 def test_no_uid_or_key_is_too_strange(uid: str, key: str, service: Service) -> None:
     answer = service.http.post(
-        "/events/study", json={"study_instance_uid": uid}, headers={"Idempotency-Key": key.strip().encode("latin-1")}
+        "/events/study", json={"study_instance_uid": uid}, headers={b"Idempotency-Key": key.strip().encode("latin-1")}
     )
     assert answer.status_code in {*EXPECTED, 409}
     if answer.status_code == 202:

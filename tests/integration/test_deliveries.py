@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 from dbos import DBOS, SetWorkflowID
 from fastapi import Response
+from pydicom.uid import UID
 
 from deploy.hospital.ehr import start_fallback
 from deploy.hospital.pacs import RunningOrthanc
@@ -82,7 +83,7 @@ def settings_of(folder: Path, pacs: str, ehr: str, ris_port: int, **ris: Any) ->
 def contents(job_id: str) -> dict[tuple[str, str], bytes]:
     """One small artifact of each kind, by destination and name."""
     (source,) = build_sources()[:1]
-    source.SOPInstanceUID = source.file_meta.MediaStorageSOPInstanceUID = derive_uid(job_id, "instance")
+    source.SOPInstanceUID = source.file_meta.MediaStorageSOPInstanceUID = UID(derive_uid(job_id, "instance"))
     source.file_meta.MediaStorageSOPClassUID = source.SOPClassUID
     buffer = BytesIO()
     source.save_as(buffer, enforce_file_format=True)
