@@ -25,10 +25,14 @@ setup: .venv/installed .cache/servers
 	@$(BIN)/python -m deploy.hospital.ehr --build || echo "EHR: falls back to the in-memory FHIR server"
 	@touch $@
 
+.cache/test-packages: deploy/hospital/install_debian.sh .cache/servers
+	@sh deploy/hospital/install_debian.sh tests
+	@touch $@
+
 demo: setup
 	@$(BIN)/wetread demo $(ARGS)
 
-test: setup
+test: setup .cache/test-packages
 	@$(BIN)/pytest $(PYTEST_ARGS) $(ARGS)
 
 check: setup
@@ -38,10 +42,10 @@ check: setup
 	$(BIN)/lint-imports
 	$(BIN)/wetread protocols validate
 
-bench: setup
+bench: setup .cache/test-packages
 	@$(BIN)/python -m tests.bench $(ARGS)
 
-soak: setup
+soak: setup .cache/test-packages
 	@WETREAD_SOAK=1 $(BIN)/pytest tests/crash -q $(ARGS)
 
 fmt: setup

@@ -44,4 +44,11 @@ command -v javac >/dev/null 2>&1 ||
     need "EHR: falls back to the in-memory FHIR server unless HAPI is built already" openjdk-17-jdk-headless
 command -v mvn >/dev/null 2>&1 ||
     need "EHR: falls back to the in-memory FHIR server unless HAPI is built already" maven
+# `install_debian.sh tests`: also what only the tests and benchmarks use.
+if [ "${1:-}" = tests ]; then
+    need "the draft's test in a browser fails" chromium
+    need "the tests on PostgreSQL fail" postgresql
+    command -v openssl >/dev/null 2>&1 || need "the tests with TLS fail" openssl
+    command -v curl >/dev/null 2>&1 || need "the fetch benchmark has no rival" curl
+fi
 exit 0
