@@ -192,6 +192,8 @@ def _folder(settings: Settings) -> Path:
 def main() -> None:
     """Run the command; every failure is a readable line and an exit code, never a traceback."""
     # Ended by a supervisor or by Ctrl-C: either way servers and temporary folders of the run go first.
+    # A shell starts what it puts into the background with SIGINT ignored; then neither signal would stop us.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     try:
         cli()
