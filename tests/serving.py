@@ -37,6 +37,7 @@ class Service:
         )
         deadline = time.monotonic() + 60
         while not self.answers():
+            assert Path(f"/proc/{self.pid}").exists(), f"it ended while starting:\n{self.log()[-3000:]}"
             assert time.monotonic() < deadline, self.log()[-3000:]
             time.sleep(0.03)
 
