@@ -24,6 +24,10 @@ class Permanent(ConnectorError):
     """The peer understood and refused, or can never accept this; the same request will fail again."""
 
 
+class NotThere(Permanent):
+    """The peer does not have what was asked for, or not any more; nothing is wrong with the peer or the settings."""
+
+
 class Ambiguous(ConnectorError):
     """It was sent and no answer came: the peer may or may not have acted. A person, or a resend that
     the peer is declared to recognise as a duplicate, must settle it."""

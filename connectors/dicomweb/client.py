@@ -4,7 +4,6 @@ Nothing is retried here: Retryable says that the caller may, and after how long.
 """
 
 import asyncio
-import json
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,18 +12,25 @@ from typing import Any
 import httpx
 
 from connectors.dicomweb.config import DicomwebConfig
-from connectors.dicomweb.http import http_failures, open_client, status_error, timeouts
+from connectors.dicomweb.http import http_failures, not_there, open_client, status_error, timeouts
+from connectors.dicomweb.metadata import (
+    SERIES_UID,
+    SOP_UID,
+    STUDY_UID,
+    DicomJson,
+    data_sets_of,
+    of_series,
+    value_of,
+)
 from connectors.dicomweb.outcomes import StoreOutcome, not_mentioned, outcomes_of
 from connectors.dicomweb.retrieve import StudyRetrieve
 from connectors.dicomweb.spool import FetchedStudy
 from connectors.dicomweb.uids import checked_uid
 from connectors.dicomweb.upload import Upload, prepare
-from connectors.errors import Permanent
+from connectors.errors import NotThere, Permanent
 
-DicomJson = dict[str, Any]
 Progress = Callable[[int, int], None]
 
-STUDY_UID, SERIES_UID, SOP_UID = "0020000D", "0020000E", "00080018"
 # Statuses under which PS3.18 10.5.3 (and Orthanc: 400) still tells the outcome of every instance.
 _STORE_ANSWERS = (200, 202, 400, 409)
 _MAX_SINGLE_LOOKUPS = 16
@@ -71,7 +77,27 @@ class DicomwebClient:
             found = [await self.search_instances(study_uid, {"SOPInstanceUID": uid}) for uid in sorted(wanted)]
             matches = [match for some in found for match in some]
         # A server may ignore a filter that it does not know: only what was asked for counts.
-        return wanted & {_value(match, SOP_UID) for match in matches}
+        return wanted & {value_of(match, SOP_UID) for match in matches}
+
+    async def retrieve_metadata(self, study_uid: str, series_uid: str) -> list[DicomJson]:
+        """The data set of every instance of one series, as DICOM JSON (PS3.18 10.4, RetrieveMetadata).
+
+        What the server keeps as bulk data (pixels, and with Orthanc every OB, OW and UN element, be it two bytes
+        long) is left out; no BulkDataURI is followed. Two data sets under one SOP Instance UID are both given.
+        Raises NotThere if the server does not have the series (any more), Permanent, Retryable.
+        """
+        study, series = checked_uid(study_uid, "Study Instance UID"), checked_uid(series_uid, "Series Instance UID")
+        where = f"{self._config.name}: metadata of series {series}"
+        answer, body = await self._get(f"studies/{study}/series/{series}/metadata", {}, where)
+        missing = "the server does not have it (any more). Check the UIDs"
+        if gone := not_there(answer.status_code, where, missing):
+            raise gone
+        if error := status_error(answer.status_code, answer.headers, where, missing):
+            raise error
+        found = await asyncio.to_thread(of_series, body, study, series, where)
+        if not found:
+            raise NotThere(f"{where}: the server lists no instance of it (any more).")
+        return found
 
     async def fetch_study(self, study_uid: str, into: Path, *, on_progress: Progress | None = None) -> FetchedStudy:
         """Fetches the whole study into the folder `into`, one file an instance, or leaves nothing.
@@ -158,7 +184,7 @@ class DicomwebClient:
         while more:
             page, more = await self._page(path, {**query, "offset": str(len(matches))})
             known = len(matches)
-            matches.update((_value(match, level_uid) or f"#{known + n}", match) for n, match in enumerate(page))
+            matches.update((value_of(match, level_uid) or f"#{known + n}", match) for n, match in enumerate(page))
             more = bool(page) and (more or len(page) >= self._config.page_size)
             if more and len(matches) == known:
                 return self._without_paging(page, list(matches.values()))
@@ -184,6 +210,16 @@ class DicomwebClient:
     async def _page(self, path: str, query: Mapping[str, Any]) -> tuple[list[DicomJson], bool]:
         """One page of matches, and whether the server warns that there are more (PS3.18 8.3.4.4)."""
         where = f"{self._config.name}: search of {path.rpartition('/')[2]}"
+        answer, body = await self._get(path, query, where)
+        if error := status_error(
+            answer.status_code, answer.headers, where, "nothing answers at this address. Check url"
+        ):
+            raise error
+        more = answer.headers.get("warning", "").startswith("299")
+        return ([] if answer.status_code == 204 else data_sets_of(body, where)), more
+
+    async def _get(self, path: str, query: Mapping[str, Any], where: str) -> tuple[httpx.Response, bytes]:
+        """The answer to one GET for DICOM JSON, whatever its status, within query_timeout_s in all."""
         request = self._http.build_request(
             "GET",
             f"{self._config.url}/{path}",
@@ -193,28 +229,7 @@ class DicomwebClient:
         )
         with http_failures(where, self._config):
             async with asyncio.timeout(self._config.query_timeout_s):
-                answer, body = await self._exchange(request, where)
-        if error := status_error(
-            answer.status_code, answer.headers, where, "nothing answers at this address. Check url"
-        ):
-            raise error
-        more = answer.headers.get("warning", "").startswith("299")
-        return ([] if answer.status_code == 204 or not body.strip() else _data_sets(body, where)), more
-
-
-def _data_sets(body: bytes, where: str) -> list[DicomJson]:
-    try:
-        matches = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise Permanent(f"{where}: the answer is not DICOM JSON. Check that url is the DICOMweb root.") from error
-    if not isinstance(matches, list) or not all(isinstance(match, dict) for match in matches):
-        raise Permanent(f"{where}: the answer is not a list of DICOM JSON data sets.")
-    return matches
-
-
-def _value(match: DicomJson, tag: str) -> str:
-    values = (match.get(tag) or {}).get("Value") or [""]
-    return str(values[0])
+                return await self._exchange(request, where)
 
 
 def _on_this_loop(on_progress: Progress | None) -> Progress | None:

@@ -12,12 +12,13 @@ from typing import Protocol
 import httpx
 
 from connectors.dicomweb.config import DicomwebConfig
-from connectors.errors import ConnectorError, Permanent, Retryable
+from connectors.errors import ConnectorError, NotThere, Permanent, Retryable
 
 # httpx prints every URL at INFO, and a QIDO query holds patient names and ids.
 logging.getLogger("httpx").setLevel(logging.WARNING)
 
 _RETRYABLE_STATUS = (408, 425, 429)
+_GONE = (404, 410)
 
 
 class _Headers(Protocol):
@@ -94,6 +95,11 @@ def status_error(status: int, headers: _Headers, where: str, missing: str) -> Co
     if 300 <= status < 400:
         return Permanent(f"{where}: redirects elsewhere (HTTP {status}). Set url to the final address.")
     return Permanent(f"{where}: refused the request (HTTP {status}). Check url and what this server supports.")
+
+
+def not_there(status: int, where: str, missing: str) -> NotThere | None:
+    """The error for a status that says: no such object (any more). Only where url itself was seen to be right."""
+    return NotThere(f"{where}: {missing} (HTTP {status}).") if status in _GONE else None
 
 
 @contextmanager

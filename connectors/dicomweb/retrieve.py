@@ -11,7 +11,7 @@ from pathlib import Path
 
 from connectors.dicomweb.config import DicomwebConfig
 from connectors.dicomweb.download import Download
-from connectors.dicomweb.http import status_error
+from connectors.dicomweb.http import not_there, status_error
 from connectors.dicomweb.multipart import MultipartReader, boundary_of
 from connectors.dicomweb.spool import FetchedStudy, Spool, disk_error
 from connectors.errors import Permanent, Retryable
@@ -78,6 +78,8 @@ class StudyRetrieve:
 
     def _check(self, answer: Download) -> None:
         missing = "the server does not have it. Check the Study Instance UID, or wait until the study has arrived"
+        if gone := not_there(answer.status, self._where, missing):
+            raise gone
         if error := status_error(answer.status, answer.headers, self._where, missing):
             raise error
         if answer.status == 204:
