@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from connectors.errors import Permanent
@@ -30,11 +31,19 @@ def of_series(body: bytes, study_uid: str, series_uid: str, where: str) -> list[
 
     Permanent if one is no data set, has no SOP Instance UID, or is of another series than was asked for.
     """
-    kept: dict[str, list[DicomJson]] = {}
+    found: list[DicomJson] = []
     for number, one in enumerate(data_sets_of(body, where), 1):
         data_set = _checked(one, f"{where}: data set {number} of the answer")
         if (value_of(data_set, STUDY_UID), value_of(data_set, SERIES_UID)) != (study_uid, series_uid):
             raise Permanent(f"{where}: data set {number} of the answer is of another study or series.")
+        found.append(data_set)
+    return each_once(found)
+
+
+def each_once(data_sets: Iterable[DicomJson]) -> list[DicomJson]:
+    """The data sets by SOP Instance UID, without repetitions. What differs under one UID stays, to be seen."""
+    kept: dict[str, list[DicomJson]] = {}
+    for data_set in data_sets:
         same = kept.setdefault(value_of(data_set, SOP_UID), [])
         if data_set not in same:
             same.append(data_set)
