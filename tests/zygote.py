@@ -7,6 +7,7 @@ A fork is a process like any other: its own exit code, environment, folder, outp
 """
 
 import contextlib
+import gc
 import json
 import os
 import random
@@ -87,6 +88,8 @@ def _serve() -> None:
     for module in ("middleware.cli", "tests.crash.victim", "hl7apy.v2_5_1"):
         import_module(module)
     import_module("mappings.outputs.dicom_header").load_dicom_tables()
+    gc.collect()
+    gc.freeze()  # or the collector of every fork would copy the pages of all that was imported
     running: set[int] = set()
     orders = b""
     while True:
