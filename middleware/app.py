@@ -15,10 +15,11 @@ from middleware.api.limits import BodyLimit
 from middleware.api.refusals import refuse_invalid
 from middleware.bootstrap import READING_QUEUE, Overrides, open_systems, run_workflows
 from middleware.intake.inbox import accept_study, workflow_id
-from middleware.listening import listen_to_hl7
+from middleware.listening import listen_to_messages
 from middleware.settings import Settings
 from middleware.store.tables import StudyJob
 from middleware.systems import Systems
+from middleware.watching import watch_studies
 from middleware.workflow import read_study
 
 
@@ -49,7 +50,7 @@ def create_app(settings: Settings) -> FastAPI:
         async with open_systems(settings, Overrides()) as systems, run_workflows(systems):
             app.state.systems, app.state.start_reading = systems, start_reading
             telemetry.log("serving", count=await sweep(systems))
-            async with listen_to_hl7(systems, start_reading):
+            async with listen_to_messages(systems), watch_studies(systems, start_reading):
                 yield
 
     app = FastAPI(

@@ -33,6 +33,7 @@ from middleware.intake.protocols import load_protocols
 from middleware.ports import Array, ContextSource, Inference
 from middleware.serialization import JsonSerializer
 from middleware.settings import FolderPacs, Settings
+from middleware.store.arrivals import ArrivalStore
 from middleware.store.artifacts import ArtifactStore
 from middleware.store.hearing import HearingStore
 from middleware.store.queries import Store, open_engine
@@ -170,6 +171,7 @@ async def open_systems(settings: Settings, overrides: Overrides | None = None) -
             settings=settings,
             store=store,
             heard=HearingStore(engine),
+            arrivals=ArrivalStore(engine),
             artifacts=ArtifactStore(settings.artifacts_url or str(settings.data_dir.absolute() / "artifacts")),
             protocols=load_protocols(settings.protocols_dir),
             templates=draft_environment(jinja2.FileSystemLoader(TEMPLATES)),

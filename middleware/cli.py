@@ -3,6 +3,7 @@
 """
 
 import asyncio
+import getpass
 import os
 import signal
 import sys
@@ -17,8 +18,9 @@ from rich.table import Table
 from sqlalchemy.exc import DBAPIError
 
 from middleware import app as service
-from middleware import checking, explaining, process, telemetry
+from middleware import checking, explaining, holding_desk, process, telemetry
 from middleware.errors import SettingsError
+from middleware.intake.holding import reject_study, release_study
 from middleware.intake.protocols import BUNDLED, load_protocol, load_protocols
 from middleware.settings import Settings, load_settings
 
@@ -134,6 +136,29 @@ def explain(
     """Why protocols did or did not run on a study, and where each result is now."""
     found = explaining.explain_study(load_settings(config), study_uid, screen)
     raise typer.Exit(0 if found else 2)
+
+
+@cli.command()
+def held(config: ConfigOption = None) -> None:
+    """List the studies that are held for a person, with the reasons."""
+    holding_desk.list_held(load_settings(config), screen)
+
+
+JobArgument = Annotated[str, typer.Argument(help="The job's id, or the StudyInstanceUID.")]
+ReasonOption = Annotated[str, typer.Option(help="Why, in a sentence without patient data; kept for good.")]
+PersonOption = Annotated[str, typer.Option(help="Who decides; default: the user who runs the command.")]
+
+
+@cli.command()
+def release(job: JobArgument, reason: ReasonOption, person: PersonOption = "", config: ConfigOption = None) -> None:
+    """Have a held study read in spite of the reasons it was held for."""
+    holding_desk.decide(load_settings(config), release_study, job, person or getpass.getuser(), reason, screen)
+
+
+@cli.command()
+def reject(job: JobArgument, reason: ReasonOption, person: PersonOption = "", config: ConfigOption = None) -> None:
+    """Put a study away: it is not read unless a person releases it."""
+    holding_desk.decide(load_settings(config), reject_study, job, person or getpass.getuser(), reason, screen)
 
 
 @cli.command()

@@ -2,100 +2,95 @@
 
 import asyncio
 import contextlib
-import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
-from datetime import datetime, timedelta
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from datetime import timedelta
 from typing import Any
 
 from connectors.errors import ConnectorError
 from middleware import telemetry
 from middleware.bootstrap import open_listener
 from middleware.intake.hearing import Hearing, HearingPolicy
-from middleware.intake.inbox import accept_study
+from middleware.intake.inbox import hear_of_study
+from middleware.settings import Settings
 from middleware.store.heard import OrderRecord
-from middleware.store.tables import StudyJob
 from middleware.systems import Systems
 
-StartReading = Callable[[StudyJob], Awaitable[None]]
-
-IMAGES_ARE_THERE = frozenset({"completed", "preliminary", "final"})
-"""Order statuses from which on the images of an order are expected in the PACS."""
-
 LOOK_AGAIN_S = 30.0
-LOOK_BACK_DAYS = 7
-"""How often, and for how long, the study of a finished order is looked for in the PACS."""
+"""Shortest time after which the study of an order is looked for again; longer the older the order is."""
+SLOWEST_LOOK = timedelta(hours=1)
+LOOK_BACK_DAYS = 30
+"""So long after its last change the study of an order is looked for in the PACS."""
+TURN_S = 1.0
 
 
 @asynccontextmanager
-async def listen_to_hl7(systems: Systems, start_reading: StartReading) -> AsyncIterator[Hearing | None]:
-    """Hear HL7 messages while the block runs, where a listener is configured; what was kept before a restart is
-    applied first."""
-    config = systems.settings.hl7_listener
-    if config is None:
-        yield None
-        return
-    site = systems.settings.site
-    own_name = (site.sending_application, site.sending_facility)
-    policy = HearingPolicy(frozenset(config.processing_ids), systems.settings.zone, own_name)
-    hearing = Hearing(systems.heard, policy, systems.now)
+async def listen_to_messages(systems: Systems) -> AsyncIterator[Hearing]:
+    """Keep and apply messages while the block runs, and hear HL7 where a listener is configured; what was kept before
+    a restart is applied first."""
+    hearing = Hearing(systems.heard, _policy(systems.settings), systems.now)
     hearing.arrived.set()
-    writing = asyncio.create_task(hearing.write_forever())
-    applying = asyncio.create_task(_apply_forever(hearing, systems, start_reading))
+    loops = (hearing.write_forever(), _apply_forever(hearing, systems))
+    tasks = [asyncio.create_task(loop) for loop in loops]
     try:
-        async with open_listener(config, lambda raw, peer: hearing.take(raw, peer.address)) as listener:
-            telemetry.log("hearing HL7", source="hl7", count=listener.port)
+        async with AsyncExitStack() as stack:
+            if config := systems.settings.hl7_listener:
+                listener = await stack.enter_async_context(
+                    open_listener(config, lambda raw, peer: hearing.take(raw, peer.address))
+                )
+                telemetry.log("hearing HL7", source="hl7", count=listener.port)
             yield hearing
     finally:
-        for task in (writing, applying):
+        for task in tasks:
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
 
 
-async def _apply_forever(hearing: Hearing, systems: Systems, start_reading: StartReading) -> None:
-    """Apply messages as they arrive and look for the studies of finished orders: of those just changed at once, of
-    all of them every while, since a study may come after its order. An error leaves messages kept and orders
-    unasked; the next turn tries them again."""
-    look_at_all_at = 0.0
-    changed_since = systems.now()
+def _policy(settings: Settings) -> HearingPolicy:
+    site, config = settings.site, settings.hl7_listener
+    own_name = (site.sending_application, site.sending_facility)
+    return HearingPolicy(frozenset(config.processing_ids if config else ()), settings.zone, own_name)
+
+
+async def _apply_forever(hearing: Hearing, systems: Systems) -> None:
+    """Apply messages as they arrive and look for the studies of the orders that they told of. An error leaves messages
+    kept and orders not looked for; the next turn tries them again."""
     while True:
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(hearing.arrived.wait(), LOOK_AGAIN_S)
+            await asyncio.wait_for(hearing.arrived.wait(), TURN_S)
         hearing.arrived.clear()
-        is_for_all = time.monotonic() >= look_at_all_at
-        since = systems.now() - timedelta(days=LOOK_BACK_DAYS) if is_for_all else changed_since
-        turn_began = systems.now()
         try:
             await asyncio.to_thread(hearing.apply_all)
-            await _read_finished_orders(systems, start_reading, since)
+            await _look_for_studies(systems)
         except Exception as error:
-            telemetry.log("applying HL7 failed", source="hl7", kind=type(error).__name__)
-            continue
-        changed_since = turn_began
-        if is_for_all:
-            look_at_all_at = time.monotonic() + LOOK_AGAIN_S
+            telemetry.log("applying messages failed", source="inbox", kind=type(error).__name__)
 
 
-async def _read_finished_orders(systems: Systems, start_reading: StartReading, since: datetime) -> None:
-    """Hand on the studies of orders that are done, changed since then and not handed on yet."""
-    for order in await asyncio.to_thread(systems.heard.orders_to_read, IMAGES_ARE_THERE, since):
+async def _look_for_studies(systems: Systems) -> None:
+    """Hear of the studies of orders, as soon as the PACS has them. An order that changes is looked for at once (it may
+    say that its study is complete), one that does not more and more seldom."""
+    now = systems.now()
+    since = now - timedelta(days=LOOK_BACK_DAYS)
+    if systems.pacs is None:
+        return
+    for order in await asyncio.to_thread(systems.heard.orders_to_look_for, now, since):
         studies = await _find_studies(order, systems)
         for study_uid in studies:
-            await _read(study_uid, f"{order.order_id}/{study_uid}", systems, start_reading)
-        if studies:
-            await asyncio.to_thread(systems.heard.mark_asked, order.order_id)
+            await _hear_of(study_uid, order, systems)
+        pause = max((now - order.updated_at) / 20, timedelta(seconds=LOOK_AGAIN_S))
+        look_after = None if studies else now + min(pause, SLOWEST_LOOK)
+        await asyncio.to_thread(systems.heard.looked_for, order, now, look_after)
 
 
-async def _read(study_uid: str, key: str, systems: Systems, start_reading: StartReading) -> None:
+async def _hear_of(study_uid: str, order: OrderRecord, systems: Systems) -> None:
+    key = f"{order.order_id}/{order.updated_at.isoformat()}/{study_uid}"
     try:
-        job, _ = await asyncio.to_thread(
-            accept_study, systems.store, study_uid, source="hl7", key=key, now=systems.now()
+        await asyncio.to_thread(
+            hear_of_study, systems.arrivals, study_uid, "order", source="order", key=key, now=systems.now()
         )
     except ValueError:  # the PACS has it under what is no DICOM UID
-        telemetry.log("study of an order not read", source="hl7", kind="not a DICOM UID")
-        return
-    await start_reading(job)  # again does nothing, and an earlier try may have failed between the two
+        telemetry.log("study of an order not read", source="order", kind="not a DICOM UID")
 
 
 async def _find_studies(order: OrderRecord, systems: Systems) -> list[str]:
@@ -109,7 +104,7 @@ async def _find_studies(order: OrderRecord, systems: Systems) -> list[str]:
     try:
         found = await systems.pacs.search_studies({keyword: value})
     except ConnectorError:
-        telemetry.log("study of an order not looked up", source="hl7", state=order.status)
+        telemetry.log("study of an order not looked up", source="order", state=order.status)
         return []
     uids = [_value(study, _STUDY_UID) for study in found if _value(study, tag) == value]
     return [uid for uid in uids if uid]

@@ -85,8 +85,16 @@ class StoreOutcome(Protocol):
 class ImageArchive(ImageSource, Protocol):
     """A PACS that also takes results."""
 
-    async def search_studies(self, filters: Mapping[str, str]) -> list[dict[str, Any]]:
+    async def search_studies(self, filters: Mapping[str, str], *, include: Sequence[str] = ()) -> list[dict[str, Any]]:
         """Studies that match, as DICOM JSON (QIDO-RS)."""
+
+    async def search_series(
+        self, study_uid: str, filters: Mapping[str, str] | None = None, *, include: Sequence[str] = ()
+    ) -> list[dict[str, Any]]:
+        """Series of one study, as DICOM JSON (QIDO-RS)."""
+
+    async def retrieve_metadata(self, study_uid: str, series_uid: str) -> list[dict[str, Any]]:
+        """The headers of a series' instances, as DICOM JSON (WADO-RS)."""
 
     async def store(self, instances: Sequence[Path | bytes], study_uid: str) -> Sequence[StoreOutcome]:
         """Store instances; one outcome each, in the order given."""

@@ -94,6 +94,39 @@ class SiteSettings(BaseModel):
             raise ValueError(f"'{name}' is not an IANA time zone such as Europe/Amsterdam") from error
         return name
 
+    issuers: tuple[tuple[str, ...], ...] = Field(
+        default=(),
+        description="Assigning authorities of patient ids: each with all its names (DICOM, HL7 PID-3.4, FHIR).",
+    )
+
+
+class PacsWatchSettings(BaseModel):
+    """Watches the PACS for studies that are new or have changed (QIDO-RS)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    interval_s: float = Field(default=10.0, gt=0, description="Time between two looks at the studies of the last days.")
+    recent_days: int = Field(default=1, ge=0, description="Study dates so many days back are looked at each time.")
+    look_back_days: int = Field(
+        default=7, ge=0, description="Study dates so many days before the last look are looked at now and then."
+    )
+    look_back_every_s: float = Field(default=900.0, gt=0, description="How often that is.")
+    filters: dict[str, str] = Field(
+        default_factory=dict, description="QIDO attributes that studies must match, e.g. ModalitiesInStudy: MR."
+    )
+
+
+class CompletenessSettings(BaseModel):
+    """When a study that arrives is read, unless somebody says that it is complete."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    quiet_s: float = Field(
+        default=30.0, ge=0, description="What a protocol requires is there, and so long none of it changed: read."
+    )
+    longest_wait_s: float = Field(
+        default=900.0, ge=0, description="So long nothing changed and something is missing: conclude with the reason."
+    )
+    look_every_s: float = Field(default=5.0, gt=0, description="Shortest time between two looks at one study.")
+
 
 class ApiSettings(BaseModel):
     """Where `wetread serve` listens."""
@@ -138,6 +171,8 @@ class Settings(BaseSettings):
     pacs: PacsSettings | None = None
     ehr: EhrSettings | None = None
     ris: RisSettings | None = None
+    pacs_watch: PacsWatchSettings | None = Field(default=None, description="None: the PACS is not watched.")
+    completeness: CompletenessSettings = CompletenessSettings()
     hl7_listener: HearingSettings | None = Field(default=None, description="None: no HL7 messages are heard.")
     triton: TritonConfig | None = Field(default=None, description="None: the bundled Triton is started for the run.")
 

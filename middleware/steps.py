@@ -5,6 +5,7 @@ tried again here, patiently; what ends the reading is raised as `Stopped`.
 """
 
 import asyncio
+import contextlib
 import io
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
@@ -18,7 +19,7 @@ import numpy as np
 from dbos import DBOS
 from pydantic import TypeAdapter
 
-from connectors.errors import Ambiguous, Permanent, Retryable
+from connectors.errors import Ambiguous, ConnectorError, Permanent, Retryable
 from mappings.inputs.fhir_to_context import fhir_to_context, latest_psa
 from mappings.inputs.fhir_to_labs import LABS, LOINC
 from mappings.model.context import ClinicalContext
@@ -33,9 +34,10 @@ from mappings.reading.tensors_to_findings import AnswerUnusable, Reading, check_
 from mappings.reading.volumes_to_tensors import volumes_to_tensors
 from middleware import telemetry
 from middleware.errors import Stopped
-from middleware.intake.identity import find_disagreements
+from middleware.intake.identity import digest_identity, find_disagreements, find_heard_disagreements
 from middleware.intake.images import RoleImages, check_roles, load_roles, read_study
-from middleware.intake.inbox import run_started_at, workflow_id
+from middleware.intake.inbox import next_try_at, run_started_at, workflow_id
+from middleware.intake.order_context import find_order
 from middleware.ports import ContextSource
 from middleware.release.deliveries import (
     Outcome,
@@ -185,12 +187,17 @@ async def choose_protocol(job_id: str, study_uid: str, images: Images, wanted: s
         protocol = _match(study, wanted)
         roles = choose_series(study, protocol)
         facts = {"roles": _dump(_ROLES, roles)}
-        systems().store.update_job(job_id, systems().now(), protocol=protocol.name, facts=facts)
+        systems().store.update_job(job_id, systems().now(), protocol=protocol.name, facts=facts, images=_whose(study))
         await asyncio.to_thread(check_roles, study, protocol, roles)
         watch.detail = f"protocol {protocol.name}; " + ", ".join(
             f"{c.role}: series {c.series_label}" for c in roles if c.series_instance_uid
         )
         return Route(protocol=protocol.name, study=_dump(_STUDY, study), roles=facts["roles"])
+
+
+def _whose(study: Study) -> dict[str, str]:
+    day = study.study_date.isoformat() if study.study_date else ""
+    return {"patient_id": study.patient.patient_id, "patient_issuer": study.patient.issuer, "study_date": day}
 
 
 def _match(study: Study, wanted: str) -> Protocol:
@@ -215,22 +222,30 @@ async def gather_context(job_id: str, route: Route) -> str:
     async with _run("context", job_id) as watch:
         study = _load(_STUDY, route["study"])
         source = systems().context
-        if source is None:
-            watch.detail = "no EHR configured and no context given"
-            return _keep_context(job_id, ClinicalContext(source="", missing=("no EHR is configured",)))
-        resources = await _patiently("asking the EHR", lambda: _search_all(source, study))
+        resources = await _patiently("asking the EHR", lambda: _search_all(source, study)) if source else []
+        context = _read_context(resources, study)
+        order = "order found" if context.order else "no order"
+        patient = "patient found" if context.patient else "patient not found"
+        found = f"{patient}, {order}, {len(context.labs)} labs"
+        watch.detail = found if source else f"no EHR configured and no context given; {order} in messages"
+        return _keep_context(job_id, context)
+
+
+def _read_context(resources: list[dict[str, Any]], study: Study) -> ClinicalContext:
+    """The context out of what the EHR holds; an order that it does not have is the one that messages told of."""
+    if systems().context is None:
+        context = ClinicalContext(source="", missing=("no EHR is configured",))
+    else:
         context = fhir_to_context(
             resources,
             source=systems().context_name,
             patient_id=study.patient.patient_id,
             patient_issuer=study.patient.issuer,
             accession_number=study.accession_number,
+            study_instance_uid=study.study_instance_uid,
         )
-        order = "order found" if context.order else "no order"
-        watch.detail = (
-            f"{'patient found' if context.patient else 'patient not found'}, {order}, {len(context.labs)} labs"
-        )
-        return _keep_context(job_id, context)
+    order = context.order or find_order(systems().heard, study)
+    return replace(context, order=order)
 
 
 def _keep_context(job_id: str, context: ClinicalContext) -> str:
@@ -241,6 +256,21 @@ def _keep_context(job_id: str, context: ClinicalContext) -> str:
 
 async def _search_all(source: ContextSource, study: Study) -> list[dict[str, Any]]:
     """Patient and order by their identifiers, then everything else by the patients found."""
+    found = await _search_identity(source, study)
+    for patient in [one for one in found if _type_of(one) == "Patient"][:2]:
+        reference = f"Patient/{patient.get('id', '')}"
+        for kind, params in _ABOUT_A_PATIENT:
+            found += await source.search(kind, {"patient": reference, **params}, limit=200)
+    return found
+
+
+def _type_of(found: dict[str, Any]) -> Any:
+    """The type of a resource, or of the one in a Bundle entry."""
+    return found.get("resource", found).get("resourceType")
+
+
+async def _search_identity(source: ContextSource, study: Study) -> list[dict[str, Any]]:
+    """Whose study it is: patient, order and imaging study by their identifiers."""
     ehr = systems().settings.ehr
     system = ehr.patient_identifier_system if ehr else ""
     token = f"{system}|{study.patient.patient_id}" if system else study.patient.patient_id
@@ -248,12 +278,8 @@ async def _search_all(source: ContextSource, study: Study) -> list[dict[str, Any
     orders = (
         await source.search("ServiceRequest", {"identifier": study.accession_number}) if study.accession_number else []
     )
-    found = [*patients, *orders]
-    for patient in patients[:2]:
-        reference = f"Patient/{patient.get('id', '')}"
-        for kind, params in _ABOUT_A_PATIENT:
-            found += await source.search(kind, {"patient": reference, **params}, limit=200)
-    return found
+    studies = await source.search("ImagingStudy", {"identifier": f"urn:oid:{study.study_instance_uid}"})
+    return [*patients, *orders, *studies]
 
 
 _ABOUT_A_PATIENT: tuple[tuple[str, dict[str, str]], ...] = (
@@ -267,16 +293,47 @@ _ABOUT_A_PATIENT: tuple[tuple[str, dict[str, str]], ...] = (
 
 @DBOS.step()
 async def check_identity(job_id: str, route: Route, context: str) -> None:
-    """Stop (held) where images, order and EHR do not speak of one patient. Nothing to retry."""
+    """Stop (held) where images, order and EHR do not speak of one patient, unless a person released the study in spite
+    of just that. Nothing to retry."""
     async with _run("identity", job_id) as watch:
-        study = _load(_STUDY, route["study"])
-        disagreements = (
-            *find_disagreements(study, _load(_CONTEXT, context), context_expected=systems().context is not None),
-            *_heard_against(study),
-        )
-        if disagreements and (systems().context is not None or systems().configured()):
-            raise Stopped("held", disagreements)
-        watch.detail = "; ".join(disagreements) or "images, order and EHR agree"
+        study, known = _load(_STUDY, route["study"]), _load(_CONTEXT, context)
+        disagreements = _find_disagreements(systems().store.job(job_id), study, known)
+        accepted = _hold_unless_accepted(job_id, study, known, disagreements)
+        watch.detail = f"released by {accepted}" if accepted else "; ".join(disagreements)
+        watch.detail = watch.detail or "images, order and EHR agree"
+
+
+def _find_disagreements(job: StudyJob, study: Study, context: ClinicalContext) -> tuple[str, ...]:
+    here = systems()
+    return (
+        *find_disagreements(study, context, context_expected=here.context is not None),
+        *find_heard_disagreements(study, here.heard, here.settings.site.issuers),
+        *_find_former_patient(job, study),
+    )
+
+
+def _find_former_patient(job: StudyJob, study: Study) -> tuple[str, ...]:
+    """A result that went out for one patient is not followed by one for another without a person."""
+    if "findings" not in job.facts:
+        return ()
+    former = _load(_FINDINGS, job.facts["findings"]).patient
+    one, other = (former.patient_id, former.issuer), (study.patient.patient_id, study.patient.issuer)
+    if systems().heard.are_same_patient(one, other):
+        return ()
+    return ("a result of this study was released for another patient before; correct that one first",)
+
+
+def _hold_unless_accepted(job_id: str, study: Study, context: ClinicalContext, disagreements: tuple[str, ...]) -> str:
+    """Who released the study in spite of these disagreements; empty where there is nothing to hold for. Raises Stopped
+    (held) for one that nobody accepted, or where images or EHR say something else now."""
+    if not disagreements or (systems().context is None and not systems().configured()):
+        return ""
+    identity = digest_identity(study, context)
+    accepted = systems().store.job(job_id).facts.get("accepted", {})
+    if accepted.get("identity") == identity and set(disagreements) <= set(accepted["reasons"]):
+        return str(accepted["person"])
+    systems().store.update_job(job_id, systems().now(), facts={"held_identity": identity})
+    raise Stopped("held", disagreements)
 
 
 @DBOS.step()
@@ -299,21 +356,6 @@ async def apply_rules(job_id: str, route: Route, context: str) -> None:
 
 def _looked_at(verdict: Verdict) -> str:
     return ", ".join(f"{name} is {value}" for name, value in verdict.values_looked_at.items())
-
-
-def _heard_against(study: Study) -> tuple[str, ...]:
-    """What HL7 messages say against releasing a result of this study as it stands."""
-    heard = systems().heard
-    reasons = []
-    patient = study.patient
-    if heard.was_merged_away(patient.patient_id, patient.issuer):
-        reasons.append("the patient of the images was merged into another one (ADT^A40); correct the images first")
-    order = heard.order_of(study_instance_uid=study.study_instance_uid, accession_number=study.accession_number)
-    if order is not None and order.status in ("cancelled", "discontinued"):
-        reasons.append(f"the order of this study is {order.status}")
-    if order is not None and heard.is_other_patient(order, patient.patient_id):
-        reasons.append("the order of this study is another patient's")
-    return tuple(reasons)
 
 
 # Reading
@@ -505,8 +547,7 @@ async def plan_release(job_id: str, route: Route, findings: str) -> list[str]:
     """Write down what goes where; the destinations. From here on the result is released."""
     async with _run("release", job_id) as watch:
         protocol = systems().protocols[route["protocol"]].protocol
-        if disagreements := _heard_against(_load(_STUDY, route["study"])):  # told while the study was being read
-            raise Stopped("held", disagreements)
+        await _check_identity_again(job_id, _load(_STUDY, route["study"]))
         store, now = systems().store, systems().now()
         revision = _load(_FINDINGS, findings).revision
         planned = plan_deliveries(
@@ -521,13 +562,29 @@ async def plan_release(job_id: str, route: Route, findings: str) -> list[str]:
         return destinations
 
 
+async def _check_identity_again(job_id: str, study: Study) -> None:
+    """Stop (held) where something was told about patient or order while the study was being read: a merge, a
+    cancellation. An EHR that does not answer just now was asked before; it does not stop the other destinations."""
+    here = systems()
+    job = here.store.job(job_id)
+    context = _load(_CONTEXT, job.facts["context"])
+    if here.context is not None:
+        with contextlib.suppress(ConnectorError):
+            context = _read_context(await _search_identity(here.context, study), study)
+    _hold_unless_accepted(job_id, study, context, _find_disagreements(job, study, context))
+
+
 @DBOS.step()
 async def conclude(job_id: str, workflow: str, state: str, reasons: list[str]) -> str:
     """Remember how this run ended; the id of the next run's workflow where an event came meanwhile, else empty."""
     store = systems().store
     if workflow_id(store.job(job_id)) != workflow:  # concluded before a restart; the next run is known already
         return workflow_id(store.job(job_id))
-    is_asked_again = store.conclude_job(job_id, systems().now(), state, reasons)
+    now, before = systems().now(), store.job(job_id)
+    since = (before.facts.get("failing_since") or now.isoformat()) if state == "failed" else ""
+    store.update_job(job_id, now, facts={"failing_since": since})
+    look_at = next_try_at(since, now) if since else None
+    is_asked_again = store.conclude_job(job_id, now, state, reasons, look_at=look_at)
     telemetry.JOBS.labels(state).inc()
     telemetry.log("reading ended", job_id=job_id, state=state)
     return workflow_id(store.job(job_id)) if is_asked_again else ""

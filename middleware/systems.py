@@ -9,6 +9,7 @@ import jinja2
 from middleware.intake.protocols import LoadedProtocol
 from middleware.ports import ContextSource, Ehr, ImageArchive, ImageSource, ModelServer, Ris
 from middleware.settings import Settings
+from middleware.store.arrivals import ArrivalStore
 from middleware.store.artifacts import ArtifactStore
 from middleware.store.hearing import HearingStore
 from middleware.store.queries import Store
@@ -21,6 +22,7 @@ class Systems:
     settings: Settings
     store: Store
     heard: HearingStore
+    arrivals: ArrivalStore
     artifacts: ArtifactStore
     protocols: Mapping[str, LoadedProtocol]
     templates: jinja2.Environment

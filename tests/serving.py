@@ -80,7 +80,9 @@ class Service:
         while True:
             (job,) = self.jobs(study_uid)
             deliveries = self.http.get(f"/jobs/{job['job_id']}/deliveries").json()
-            if job["state"] not in ("accepted", "reading") and all(d["state"] in SETTLED for d in deliveries):
+            if job["state"] not in ("waiting", "accepted", "reading") and all(
+                d["state"] in SETTLED for d in deliveries
+            ):
                 return {**job, "deliveries": deliveries}
             assert time.monotonic() < deadline, f"{job}\n{deliveries}\n{self.log()[-3000:]}"
             time.sleep(0.05)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from datetime import date, datetime
 from typing import Any
 
+from pydicom.datadict import tag_for_keyword
 from pydicom.dataset import Dataset
 from pydicom.multival import MultiValue
 from pydicom.sequence import Sequence as DicomSequence
@@ -19,6 +20,22 @@ _GE_B_VALUE = (0x0043, 0x1039)
 _PHILIPS_B_VALUE = (0x2001, 0x1003)
 _B_VALUE_IN_SEQUENCE_NAME = re.compile(r"\bep_?b(\d{1,5})(?:t|#\d+)?$")
 _GE_B_VALUE_OFFSET = 1_000_000_000
+
+_HEADER_KEYWORDS = """
+    AccessionNumber AcquisitionDate AcquisitionTime BodyPartExamined Columns ContrastBolusAgent DiffusionBValue EchoTime
+    FrameOfReferenceUID ImageOrientationPatient ImagePositionPatient ImageType InstanceNumber InstitutionName
+    IssuerOfAccessionNumberSequence IssuerOfPatientID MRAcquisitionType MagneticFieldStrength Manufacturer
+    ManufacturerModelName Modality NumberOfFrames PatientAge PatientBirthDate PatientID PatientName PatientSex
+    PixelSpacing ProtocolName ReferringPhysicianName RepetitionTime Rows SOPClassUID SOPInstanceUID ScanningSequence
+    SequenceName SeriesDescription SeriesInstanceUID SeriesNumber SliceThickness SpecificCharacterSet StudyDate
+    StudyDescription StudyID StudyInstanceUID StudyTime
+"""
+_PRIVATE = (_SIEMENS_CREATOR, _SIEMENS_B_VALUE, _GE_B_VALUE, _PHILIPS_B_VALUE)
+HEADER_TAGS = frozenset(
+    {f"{tag_for_keyword(keyword):08X}" for keyword in _HEADER_KEYWORDS.split()}
+    | {f"{group:04X}{element:04X}" for group, element in _PRIVATE}
+)
+"""Every element that `datasets_to_study` looks at, as DICOM JSON names it: who asks for headers needs no other."""
 
 
 def datasets_to_study(headers: Iterable[tuple[str, Dataset]]) -> Study:

@@ -194,6 +194,25 @@ def _find_conflicts(records: Sequence[Record], mine: Sequence[Record], accession
     return ()
 
 
+def _find_study_conflicts(
+    records: Sequence[Record], mine: Sequence[Record], accession_number: str, study_instance_uid: str
+) -> tuple[str, ...]:
+    """Why the ImagingStudy of this Study Instance UID, where there is one, speaks against a result for this patient:
+    it is somebody else's, or names another accession number than the images."""
+    uids = {study_instance_uid, f"urn:oid:{study_instance_uid}"} if study_instance_uid else set()
+    conflicts = []
+    for record in (r for r in records if r.kind == "ImagingStudy"):
+        identifiers = read_identifiers(record.resource)
+        if not any(i.value in uids for i in identifiers) or record.resource.get("status") == "entered-in-error":
+            continue
+        if record not in mine:
+            conflicts.append("the ImagingStudy of this Study Instance UID belongs to another patient")
+        accession = _typed_value(identifiers, "ACSN")
+        if accession and accession_number and accession != accession_number:
+            conflicts.append("the ImagingStudy of this Study Instance UID names another accession number")
+    return tuple(dict.fromkeys(conflicts))
+
+
 def _read_labs(records: Sequence[Record], missing: list[str]) -> tuple[ContextValue, ...]:
     values = []
     for record in records:
@@ -221,11 +240,11 @@ def _note_text(record: Record) -> str:
     return ": ".join(filter(None, (read_concept_text(resource.get("code")), described)))
 
 
-def _is_current(record: Record, accession_number: str) -> bool:
+def _is_current(record: Record, numbers: frozenset[str]) -> bool:
     """Whether it is about the study itself, or is Wetread's own report: no prior then."""
     identifiers = read_identifiers(record.resource)
     own = any(i.system == OWN_REPORTS for i in identifiers)
-    return own or bool(accession_number and any(i.value == accession_number for i in identifiers))
+    return own or any(i.value.removeprefix("urn:oid:") in numbers for i in identifiers)
 
 
 def _read_note(record: Record) -> ContextNote | None:
@@ -237,8 +256,10 @@ def _read_note(record: Record) -> ContextNote | None:
     return ContextNote(NOTE_KINDS[record.kind], text, record.reference, next(filter(None, days), None))
 
 
-def _read_notes(records: Sequence[Record], accession_number: str) -> tuple[ContextNote, ...]:
-    notes = [_read_note(r) for r in records if r.kind in NOTE_KINDS and not _is_current(r, accession_number)]
+def _read_notes(records: Sequence[Record], *numbers: str) -> tuple[ContextNote, ...]:
+    """Notes of everything that is not about the study of these numbers itself."""
+    own = frozenset(filter(None, numbers))
+    notes = [_read_note(r) for r in records if r.kind in NOTE_KINDS and not _is_current(r, own)]
     kept = {note for note in notes if note is not None}
     return tuple(sorted(kept, key=lambda n: (n.kind, n.recorded_on or date.min, n.reference, n.text)))
 
@@ -266,10 +287,11 @@ def fhir_to_context(
     patient_id: str,
     patient_issuer: str,
     accession_number: str,
+    study_instance_uid: str = "",
 ) -> ClinicalContext:
     """The context that `resources` (resources, Bundles or Bundle entries, in any mix) hold for one study.
 
-    `patient_id` and `patient_issuer` are the images'. Nothing that belongs to someone else, or to no one, is
+    The identifiers are the images'. Nothing that belongs to someone else, or to no one, is
     used; without a patient nothing is.
     """
     missing: list[str] = []
@@ -286,8 +308,11 @@ def fhir_to_context(
     if order is not None and not any(order.reference == r.reference for r in mine):
         missing.append(f"order: {order.reference} not used, it is not this patient's")
         order = None
-    labs, notes = _read_labs(mine, missing), _read_notes(mine, accession_number)
-    conflicts = _find_conflicts(records, mine, accession_number)
+    labs, notes = _read_labs(mine, missing), _read_notes(mine, accession_number, study_instance_uid)
+    conflicts = (
+        *_find_conflicts(records, mine, accession_number),
+        *_find_study_conflicts(records, mine, accession_number, study_instance_uid),
+    )
     return ClinicalContext(source, patient, order, labs, notes, tuple(dict.fromkeys(missing)), conflicts)
 
 

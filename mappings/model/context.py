@@ -28,7 +28,8 @@ class ContextPatient:
 
 @dataclass(frozen=True)
 class ContextOrder:
-    """The imaging order (ServiceRequest). Numbers are empty where the order does not state them."""
+    """The imaging order (ServiceRequest). Numbers are empty where the order does not state them. One that the EHR does
+    not have, but a message told of, is `from_message`: its `reference` is words, no FHIR reference."""
 
     reference: str
     accession_number: str = ""
@@ -41,6 +42,7 @@ class ContextOrder:
     requester: str = ""
     priority: str = ""
     status: str = ""
+    from_message: bool = False
 
 
 @dataclass(frozen=True)

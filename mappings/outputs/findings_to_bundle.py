@@ -62,7 +62,7 @@ def _subject(findings: Findings, same_server: bool) -> Json:
 
 def _order(findings: Findings, same_server: bool) -> Json | None:
     order = findings.context.order
-    if order is not None and same_server:
+    if order is not None and same_server and not order.from_message:
         return {"reference": order.reference}
     if not findings.accession_number:
         return None

@@ -63,6 +63,7 @@ def _report(findings: Findings) -> str:
 
 def _order(findings: Findings, by_reference: bool) -> str:
     order = findings.context.order
+    by_reference = by_reference and order is not None and not order.from_message
     return order.reference if order is not None and by_reference else findings.accession_number
 
 

@@ -1,16 +1,34 @@
 """The inbox: what is accepted here is durable and happens once, whatever its source repeats."""
 
-from datetime import datetime
+from collections.abc import Sequence
+from datetime import datetime, timedelta
+from typing import Literal
 
 from pydicom.uid import UID
 
 from mappings.model.ids import derive_uuid
 from middleware import telemetry
+from middleware.store.arrivals import WAITING, ArrivalStore, Seen
 from middleware.store.queries import Store
 from middleware.store.tables import StudyEvent, StudyJob
 
 ENDED = frozenset({"released", "unmatched", "unusable", "failed", "held", "quarantined"})
-"""States of a job whose run is over; a new event starts another run."""
+"""States of a job whose run is over; being asked to read it again starts another run. A study that a person
+rejected stays so until a person releases it."""
+
+MAY_CHANGE = frozenset({"held", "unmatched"})
+"""States that what an order or the EHR says may change: whose study it is, and what rules look at."""
+
+TRY_AGAIN = timedelta(minutes=30)
+STOP_TRYING = timedelta(days=2)
+"""A failed reading is tried again so often and so long by itself: systems come back, and nobody may be looking."""
+
+Hint = Literal["order", "images", "images-stable"]
+
+
+def job_id_of(study_uid: str) -> str:
+    """The id of a study's only job."""
+    return str(derive_uuid("job", study_uid))
 
 
 def accept_study(store: Store, study_uid: str, *, source: str, key: str, now: datetime) -> tuple[StudyJob, bool]:
@@ -18,28 +36,70 @@ def accept_study(store: Store, study_uid: str, *, source: str, key: str, now: da
 
     `key` is the source's own name of the event: the same key again changes nothing. A new event of a study that
     was read before reads it again (other findings become a new revision, the same ones change nothing); one of a
-    study that is being read adds nothing. Raises ValueError for what is not a DICOM UID.
+    study that is being read adds nothing; one that waits for images waits no longer. Raises ValueError for what is not
+    a DICOM UID.
     """
+    event = _event(study_uid, "study-available", source, key, now)
+    job, is_new = store.accept_event(event, ended=ENDED | {WAITING})
+    _tell(event, job, is_new)
+    return job, is_new
+
+
+def hear_of_study(
+    arrivals: ArrivalStore, study_uid: str, kind: Hint, *, source: str, key: str, now: datetime
+) -> tuple[StudyJob, bool]:
+    """Remember, durably, a hint that a study exists or has changed; its job, and whether this hint is new.
+
+    Image, order and EHR hints of one study are one piece of work, whatever their order and number: the first makes the
+    study wait for its images, later ones have them looked at again. Of a study that was read, an order matters only
+    where the run ended for want of it. Raises ValueError for what is not a DICOM UID.
+    """
+    event = _event(study_uid, kind, source, key, now)
+    job, is_new = arrivals.hear(event, reopen=MAY_CHANGE, otherwise="nothing: the study was read already")
+    _tell(event, job, is_new)
+    return job, is_new
+
+
+def see_studies(arrivals: ArrivalStore, found: Sequence[Seen], *, source: str, first: bool, now: datetime) -> int:
+    """Remember what the PACS has; how many studies are new or have changed, each of which is heard of. `first`: the
+    PACS was never looked at before, so what it has is not news. What has no DICOM UID is passed over."""
+    valid = [seen for seen in found if UID(seen.study_instance_uid).is_valid]
+    job_ids = {} if first else {seen.study_instance_uid: job_id_of(seen.study_instance_uid) for seen in valid}
+    heard = arrivals.see(valid, source, now, job_ids)
+    if heard:
+        telemetry.EVENTS.labels(source, "new").inc(heard)
+        telemetry.log("events", source=source, kind="images", count=heard)
+    return heard
+
+
+def _event(study_uid: str, kind: str, source: str, key: str, now: datetime) -> StudyEvent:
     study_uid = study_uid.strip()  # or the same study would look like another
     if not UID(study_uid).is_valid:
         raise ValueError("study_instance_uid is not a DICOM UID: digits and dots, 64 characters at most")
-    event = StudyEvent(
+    return StudyEvent(
         idempotency_key=f"{source}:{key}",
         source=source,
-        kind="study-available",
+        kind=kind,
         study_instance_uid=study_uid,
-        job_id=str(derive_uuid("job", study_uid)),
+        job_id=job_id_of(study_uid),
         received_at=now,
     )
-    job, is_new = store.accept_event(event, ended=ENDED)
-    telemetry.EVENTS.labels(source, "new" if is_new else "repeated").inc()
-    telemetry.log("event", source=source, kind=event.kind, job_id=job.job_id, state=job.state)
-    return job, is_new
+
+
+def _tell(event: StudyEvent, job: StudyJob, is_new: bool) -> None:
+    telemetry.EVENTS.labels(event.source, "new" if is_new else "repeated").inc()
+    telemetry.log("event", source=event.source, kind=event.kind, job_id=job.job_id, state=job.state)
 
 
 def run_started_at(job: StudyJob) -> datetime:
     """When the current run of the job was accepted; a result of this run is dated so."""
     return datetime.fromisoformat(job.facts["run_started_at"]) if "run_started_at" in job.facts else job.created_at
+
+
+def next_try_at(failing_since: str, now: datetime) -> datetime | None:
+    """When a reading that has been failing since then is tried again by itself; None once it was tried for long."""
+    is_hopeless = now - datetime.fromisoformat(failing_since) >= STOP_TRYING
+    return None if is_hopeless else now + TRY_AGAIN
 
 
 def workflow_id(job: StudyJob) -> str:

@@ -90,7 +90,7 @@ def _apply_order(session: Session, message: HeardMessage, event: OrderEvent, now
         order.procedure_meaning = event.procedure.meaning
     elif "procedure" in event.cleared:
         order.procedure_code = order.procedure_scheme = order.procedure_meaning = ""
-    order.updated_at = now
+    order.updated_at = order.look_after = now  # whatever changed may name its study, or say that it is complete
     session.add(order)
     session.flush()
 
@@ -163,7 +163,6 @@ def _join(session: Session, order: OrderRecord, other: OrderRecord) -> None:
     if order_status_rank(other.status) > order_status_rank(order.status):  # type: ignore[arg-type]
         order.status = other.status
     order.is_on_hold = order.is_on_hold or other.is_on_hold
-    order.reading_asked = order.reading_asked or other.reading_asked
     for names in (*((name,) for name in DETAILS), PROCEDURE):
         if getattr(other, names[0]):
             for name in names:

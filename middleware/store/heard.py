@@ -29,7 +29,7 @@ class HeardMessage(SQLModel, table=True):
 
 class OrderRecord(SQLModel, table=True):
     """One imaging order as far as messages told it. Any number may be empty; `status` never goes back.
-    `reading_asked` says that its study was found and handed on to be read."""
+    `handed_at` is when its study was last found in the PACS and heard of, `look_after` when to look for it again."""
 
     __tablename__ = "order_record"
     order_id: str = Field(primary_key=True)
@@ -47,7 +47,8 @@ class OrderRecord(SQLModel, table=True):
     priority: str = ""
     reason: str = ""
     requester: str = ""
-    reading_asked: bool = False
+    handed_at: datetime | None = time_field(nullable=True)
+    look_after: datetime | None = time_field(nullable=True, index=True)
     updated_at: datetime = time_field()
 
 

@@ -3,17 +3,21 @@ share one fsync; applying is one transaction a message, so that it happens once.
 
 import hashlib
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
 
-from sqlalchemy import Engine, func
+from sqlalchemy import Engine, func, or_
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import Session, SQLModel, col, select
 
 from middleware.store.heard import HeardMessage, OrderRecord, PatientRecord
+from middleware.store.queries import changing
+
+UNWANTED = ("cancelled", "discontinued")
+"""Statuses of an order that nobody wants carried out."""
 
 
 @dataclass(frozen=True)
@@ -56,11 +60,8 @@ class HearingStore:
     @contextmanager
     def changing(self) -> Iterator[Session]:
         """One transaction that reads before it writes, committed at the end."""
-        with self._turn, Session(self._engine, expire_on_commit=False) as session:
-            if self._engine.dialect.name == "sqlite":
-                session.connection().exec_driver_sql("BEGIN IMMEDIATE")
+        with self._turn, changing(self._engine) as session:
             yield session
-            session.commit()
 
     def keep(self, arrived: Sequence[Arrived]) -> list[Kept]:
         """Keep messages durably, in their order; one answer each. One statement for all, since senders wait."""
@@ -120,29 +121,37 @@ class HearingStore:
             query = select(HeardMessage.state, func.count()).group_by(HeardMessage.state)
             return dict(session.exec(query.order_by(HeardMessage.state)).all())
 
-    def order_of(self, *, study_instance_uid: str, accession_number: str) -> OrderRecord | None:
-        """The order of a study, by its UID or else its accession number."""
-        with Session(self._engine) as session:
-            return find_one_order(session, study_instance_uid=study_instance_uid, accession_number=accession_number)
+    def orders_with(self, *, study_instance_uid: str = "", accession_number: str = "") -> list[OrderRecord]:
+        """All orders with this study UID or, where none is given, this accession number; the oldest first."""
+        column, value = OrderRecord.study_instance_uid, study_instance_uid
+        if not value:
+            column, value = OrderRecord.accession_number, accession_number
+        with Session(self._engine, expire_on_commit=False) as session:
+            query = select(OrderRecord).where(column == value).order_by(col(OrderRecord.updated_at))
+            return list(session.exec(query)) if value else []
 
-    def orders_to_read(self, statuses: Collection[str], since: datetime) -> list[OrderRecord]:
-        """Orders in one of these statuses, not on hold, changed since then, whose study was not handed on yet."""
+    def orders_to_look_for(self, now: datetime, since: datetime, limit: int = 50) -> list[OrderRecord]:
+        """Orders whose study is to be looked for in the PACS by now: wanted by somebody, not on hold, with a number to
+        look by, changed since `since` and not handed on since they changed."""
         with Session(self._engine, expire_on_commit=False) as session:
             query = select(OrderRecord).where(
-                col(OrderRecord.status).in_(statuses),
-                col(OrderRecord.reading_asked).is_(False),
-                col(OrderRecord.is_on_hold).is_(False),
+                col(OrderRecord.look_after) <= now,
                 col(OrderRecord.updated_at) >= since,
+                col(OrderRecord.status).not_in(UNWANTED),
+                col(OrderRecord.is_on_hold).is_(False),
+                or_(col(OrderRecord.study_instance_uid) != "", col(OrderRecord.accession_number) != ""),
             )
-            return list(session.exec(query.order_by(col(OrderRecord.updated_at))))
+            return list(session.exec(query.order_by(col(OrderRecord.look_after)).limit(limit)))
 
-    def mark_asked(self, order_id: str) -> None:
-        """Remember that an order's study was handed on to be read."""
+    def looked_for(self, order: OrderRecord, now: datetime, look_after: datetime | None) -> None:
+        """Remember that an order's study was looked for: None where it was found and handed on, else when to look
+        again. Nothing where the order changed meanwhile, so that it is looked for as it is now."""
         with self.changing() as session:
-            order = session.get(OrderRecord, order_id)
-            if order is not None:
-                order.reading_asked = True
-                session.add(order)
+            known = session.get(OrderRecord, order.order_id)
+            if known is not None and known.updated_at == order.updated_at:
+                known.look_after = look_after
+                known.handed_at = known.handed_at if look_after else now
+                session.add(known)
 
     def was_merged_away(self, patient_id: str, issuer: str = "") -> bool:
         """Whether a merge moved this patient id into another one. Where its authority is not known here by this
@@ -157,8 +166,18 @@ class HearingStore:
         Authorities are left out: DICOM and HL7 seldom call them the same."""
         if not (order.patient_id and patient_id):
             return False
+        return not self.are_same_patient((order.patient_id, ""), (patient_id, ""))
+
+    def are_same_patient(self, one: tuple[str, str], other: tuple[str, str]) -> bool:
+        """Whether two patients (id and authority, empty where not stated) are one, merges followed."""
         with Session(self._engine) as session:
-            return not same_patient(session, (order.patient_id, ""), (patient_id, ""))
+            return same_patient(session, one, other)
+
+    def patient(self, patient_id: str, issuer: str) -> PatientRecord | None:
+        """What ADT messages told of a patient; None where nothing, or of several authorities and none is stated."""
+        with Session(self._engine) as session:
+            found = find_patient(session, patient_id, issuer) if patient_id else []
+            return found[0] if len(found) == 1 else None
 
 
 def _write_upsert(engine: Engine) -> Any:
@@ -170,18 +189,6 @@ def _write_upsert(engine: Engine) -> Any:
     return statement.on_conflict_do_update(index_elements=["message_key"], set_={"repeats": more}).returning(
         table.c.message_key, table.c.position, table.c.repeats
     )
-
-
-def find_one_order(session: Session, *, study_instance_uid: str, accession_number: str) -> OrderRecord | None:
-    """The only order with this study UID or accession number; None where there is none or more than one."""
-    for column, value in (
-        (OrderRecord.study_instance_uid, study_instance_uid),
-        (OrderRecord.accession_number, accession_number),
-    ):
-        found = session.exec(select(OrderRecord).where(column == value)).all() if value else []
-        if len(found) == 1:
-            return found[0]
-    return None
 
 
 def find_patient(session: Session, patient_id: str, issuer: str) -> list[PatientRecord]:

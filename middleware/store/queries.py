@@ -1,7 +1,7 @@
 """Reading and writing the tables; each method is one transaction."""
 
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from datetime import datetime
 from typing import Any
 
@@ -9,7 +9,7 @@ from sqlalchemy import Engine, event
 from sqlalchemy.exc import IntegrityError
 from sqlmodel import Session, SQLModel, col, create_engine, select
 
-from middleware.store.tables import ArtifactRecord, Delivery, StepRun, StudyEvent, StudyJob
+from middleware.store.tables import ArtifactRecord, Decision, Delivery, StepRun, StudyEvent, StudyJob
 
 OPEN_DELIVERY_STATES = ("pending", "in_flight", "retrying")
 
@@ -27,7 +27,19 @@ def open_engine(url: str) -> Engine:
     return engine
 
 
-def _start_next_run(job: StudyJob, at: datetime) -> None:
+@contextmanager
+def changing(engine: Engine) -> Iterator[Session]:
+    """A transaction that reads before it writes, committed at the end. Nobody changes in between what it read
+    with `for_update`: PostgreSQL locks the rows, SQLite (which has no row locks) the whole file for writers."""
+    with Session(engine, expire_on_commit=False) as session:
+        if engine.dialect.name == "sqlite":
+            session.connection().exec_driver_sql("BEGIN IMMEDIATE")
+        yield session
+        session.commit()
+
+
+def start_next_run(job: StudyJob, at: datetime) -> None:
+    """Accept the job's next run in its own transaction; `at` dates the result."""
     run = {"run": int(job.facts.get("run", 1)) + 1, "run_started_at": at.isoformat()}
     job.state, job.reasons, job.facts, job.updated_at = "accepted", [], {**job.facts, **run}, at
 
@@ -51,15 +63,8 @@ class Store:
     def _session(self) -> Session:
         return Session(self._engine, expire_on_commit=False)
 
-    @contextmanager
-    def _changing(self) -> Iterator[Session]:
-        """A transaction that reads before it writes, committed at the end. Nobody changes in between what it read
-        with `for_update`: PostgreSQL locks the rows, SQLite (which has no row locks) the whole file for writers."""
-        with self._session() as session:
-            if self._engine.dialect.name == "sqlite":
-                session.connection().exec_driver_sql("BEGIN IMMEDIATE")
-            yield session
-            session.commit()
+    def _changing(self) -> AbstractContextManager[Session]:
+        return changing(self._engine)
 
     # Events and jobs
 
@@ -83,26 +88,32 @@ class Store:
                     job_id=happened.job_id,
                     study_instance_uid=happened.study_instance_uid,
                     state="accepted",
+                    look_at=happened.received_at,
                     created_at=happened.received_at,
                     updated_at=happened.received_at,
                 )
             elif job.state in ended:
-                _start_next_run(job, happened.received_at)
+                start_next_run(job, happened.received_at)
+                job.look_at = happened.received_at  # whoever looks after jobs starts it, should the caller die now
             elif job.state == "reading":  # the images of this run may be fetched already: read once more after it
                 job.facts = {**job.facts, "again_at": happened.received_at.isoformat()}
             session.add(job)
             session.add(StudyEvent(**happened.model_dump()))
             return job, True
 
-    def conclude_job(self, job_id: str, now: datetime, state: str, reasons: Sequence[str]) -> bool:
-        """Remember how a run ended; True where an event came meanwhile, so that the next run is accepted instead."""
+    def conclude_job(
+        self, job_id: str, now: datetime, state: str, reasons: Sequence[str], *, look_at: datetime | None = None
+    ) -> bool:
+        """Remember how a run ended, and when to look at the job again (or as events asked meanwhile); True where
+        somebody asked for another reading meanwhile, so that the next run is accepted instead."""
         with self._changing() as session:
             job = self._existing_job(session, job_id, for_update=True)
             job.state, job.reasons, job.updated_at = state, list(reasons), now
+            job.look_at = look_at or job.look_at
             asked_at = job.facts.get("again_at")
             if asked_at:
                 job.facts = {key: value for key, value in job.facts.items() if key != "again_at"}
-                _start_next_run(job, datetime.fromisoformat(asked_at))
+                start_next_run(job, datetime.fromisoformat(asked_at))
             session.add(job)
             return bool(asked_at)
 
@@ -145,13 +156,16 @@ class Store:
         reasons: Sequence[str] | None = None,
         revision: int | None = None,
         facts: dict[str, Any] | None = None,
+        images: Mapping[str, str] | None = None,
     ) -> None:
-        """Change what is given; `facts` are merged into those there."""
+        """Change what is given; `facts` are merged into those there. `images` are patient_id, patient_issuer and
+        study_date as the images state them."""
         with self._changing() as session:
             job = self._existing_job(session, job_id, for_update=True)
             job.updated_at = now
             if state is not None:
                 job.state = state
+                job.look_at = None if state == "reading" else job.look_at  # what comes from now on is another look
             if protocol is not None:
                 job.protocol = protocol
             if reasons is not None:
@@ -160,7 +174,19 @@ class Store:
                 job.revision = revision
             if facts is not None:
                 job.facts = {**job.facts, **facts}
+            for name, value in (images or {}).items():
+                setattr(job, name, value)
             session.add(job)
+
+    def decide(self, decision: Decision, apply: Callable[[StudyJob], None]) -> StudyJob:
+        """Remember a person's decision together with what it changes of its job; neither where `apply` raises."""
+        with self._changing() as session:
+            job = self._existing_job(session, decision.job_id, for_update=True)
+            apply(job)
+            job.updated_at = decision.decided_at
+            session.add(job)
+            session.add(decision)
+            return job
 
     # Artifacts
 

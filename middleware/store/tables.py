@@ -38,20 +38,24 @@ def time_field(*, nullable: bool = False, index: bool = False) -> Any:
 
 
 class StudyEvent(SQLModel, table=True):
-    """What happened to a study, once for each key that its source gave it."""
+    """What happened to a study, once for each key that its source gave it. `kind` is study-available (somebody says
+    that it is to be read), images, images-stable or order; `note` says what came of it where it started nothing."""
 
     __tablename__ = "study_event"
     idempotency_key: str = Field(primary_key=True)
     source: str
     kind: str
     study_instance_uid: str = Field(index=True)
-    job_id: str
+    job_id: str = Field(index=True)
     received_at: datetime = time_field()
+    note: str = ""
 
 
 class StudyJob(SQLModel, table=True):
-    """One reading of one study. `state` is one of accepted, reading, released, unmatched, unusable, held,
-    quarantined, failed; `reasons` says why in sentences. `facts` holds references to what was made."""
+    """One reading of one study. `state` is one of waiting (for images), accepted, reading, released, unmatched,
+    unusable, held, quarantined, failed, rejected; `reasons` says why in sentences. `facts` holds references to what
+    was made. `look_at` is when its images are to be looked at next, None where nothing is expected. Patient and date
+    are the images', once they were read, so that priors are found."""
 
     __tablename__ = "study_job"
     job_id: str = Field(primary_key=True)
@@ -61,7 +65,33 @@ class StudyJob(SQLModel, table=True):
     revision: int = 1
     reasons: list[str] = Field(default_factory=list, sa_column=Column(JSON, nullable=False))
     facts: dict[str, Any] = Field(default_factory=dict, sa_column=Column(JSON, nullable=False))
+    patient_id: str = Field(default="", index=True)
+    patient_issuer: str = ""
+    study_date: str = ""
+    look_at: datetime | None = time_field(nullable=True, index=True)
     created_at: datetime = time_field()
+    updated_at: datetime = time_field()
+
+
+class SeenStudy(SQLModel, table=True):
+    """What the PACS had of a study when it was last looked at: the number of instances, a digest of patient and
+    accession. `changes` counts how often that differed, so that each change is an event of its own."""
+
+    __tablename__ = "seen_study"
+    study_instance_uid: str = Field(primary_key=True)
+    instances: int
+    digest: str = ""
+    study_date: str = Field(default="", index=True)
+    changes: int = 0
+    seen_at: datetime = time_field()
+
+
+class Watermark(SQLModel, table=True):
+    """How far a source of events was heard, in the source's own words."""
+
+    __tablename__ = "watermark"
+    source: str = Field(primary_key=True)
+    value: str
     updated_at: datetime = time_field()
 
 

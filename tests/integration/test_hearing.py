@@ -4,7 +4,6 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import hl7
@@ -16,7 +15,7 @@ from sqlmodel import Session, select
 
 from deploy.hospital.process import LOOPBACK, free_port
 from mappings.model.study import PatientIdentity, Study
-from middleware import steps
+from middleware.intake.identity import find_heard_disagreements
 from middleware.store.heard import HeardMessage, OrderRecord, PatientRecord
 from middleware.store.hearing import HearingStore
 from middleware.store.queries import Store, open_engine
@@ -394,15 +393,12 @@ def test_order_of_another_patient_holds_the_study(site: Listening, small: SmallS
         ),
     ],
 )
-def test_what_messages_say_against_a_release(
-    monkeypatch: pytest.MonkeyPatch, messages: tuple[bytes, ...], reasons: int
-) -> None:
+def test_what_messages_say_against_a_release(messages: tuple[bytes, ...], reasons: int) -> None:
     inbox = Inbox()
     for raw in messages:
         assert inbox.hear(raw).state == "applied"
-    monkeypatch.setattr(steps, "_systems", SimpleNamespace(heard=inbox.store))
     study = Study("1.2.3", PatientIdentity("4711"), (), accession_number="ACC")
-    found = steps._heard_against(study)
+    found = find_heard_disagreements(study, inbox.store)
     assert len(found) == reasons
     assert "4711" not in " ".join(found)
 
