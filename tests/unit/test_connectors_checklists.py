@@ -19,7 +19,7 @@ ITEMS = {
     "real_server_test",
     "docs",
 }
-ROOMS = ("dicomweb", "fhir", "mllp")
+ROOMS = ("dicomweb", "fhir", "mllp", "orthanc")
 
 
 def checklist(room: str) -> dict[str, Any]:

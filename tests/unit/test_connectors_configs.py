@@ -13,6 +13,8 @@ from connectors.fhir.client import FhirClient
 from connectors.fhir.config import FhirConfig
 from connectors.mllp.client import MllpClient
 from connectors.mllp.config import MllpConfig
+from connectors.orthanc.client import OrthancChanges
+from connectors.orthanc.config import OrthancConfig
 
 URL = "https://pacs.example/dicom-web"
 
@@ -35,6 +37,11 @@ URL = "https://pacs.example/dicom-web"
         (FhirConfig, {"url": "ehr"}, "must be http"),
         (FhirConfig, {"url": "https://ehr.example#x"}, "fragment"),
         (FhirConfig, {"url": "https://ehr.example", "max_pages": 0}, "max_pages"),
+        (OrthancConfig, {"url": "pacs.example"}, "must be http"),
+        (OrthancConfig, {"url": "https://u:p@pacs.example"}, "user or password"),
+        (OrthancConfig, {"url": "https://pacs.example?x=1"}, "query"),
+        (OrthancConfig, {"url": "https://pacs.example", "password": "p"}, "belong together"),
+        (OrthancConfig, {"url": "https://pacs.example", "page_size": 0}, "page_size"),
         (MllpConfig, {"host": "ris", "port": 0}, "port"),
         (MllpConfig, {"host": "ris", "port": 2575, "ca_file": __file__}, "need tls"),
         (MllpConfig, {"host": "ris", "port": 2575, "encoding": "utf-ate"}, "character set"),
@@ -51,13 +58,14 @@ def test_secrets_are_not_printed_and_settings_cannot_change() -> None:
         DicomwebConfig.model_validate({"url": URL, "token": "s3cret"}),
         DicomwebConfig.model_validate({"url": URL, "user": "u", "password": "s3cret"}),
         FhirConfig.model_validate({"url": URL, "token": "s3cret"}),
+        OrthancConfig.model_validate({"url": URL, "user": "u", "password": "s3cret"}),
     ):
         assert "s3cret" not in f"{config!r} {config} {config.model_dump_json()}"
         with pytest.raises(ValidationError, match="frozen"):
             setattr(config, "name", "other")  # noqa: B010 - mypy knows that it cannot be set
 
 
-@pytest.mark.parametrize("model", [DicomwebConfig, FhirConfig, MllpConfig])
+@pytest.mark.parametrize("model", [DicomwebConfig, FhirConfig, MllpConfig, OrthancConfig])
 def test_every_setting_says_what_it_is(model: type[BaseModel]) -> None:
     assert [name for name, field in model.model_fields.items() if not field.description] == []
 
@@ -68,6 +76,7 @@ def test_unusable_ca_file_is_permanent(tmp_path: Path) -> None:
     makers = (
         lambda: DicomwebClient(DicomwebConfig(url=URL, ca_file=ca)),
         lambda: FhirClient(FhirConfig(url=URL, ca_file=ca)),
+        lambda: OrthancChanges(OrthancConfig(url=URL, ca_file=ca)),
         lambda: MllpClient(MllpConfig(host="ris", port=1, tls=True, ca_file=ca)),
     )
     for make in makers:
