@@ -21,6 +21,7 @@ from connectors.errors import Permanent
 from connectors.fhir.client import FhirClient
 from connectors.mllp.client import MllpClient
 from connectors.mllp.listener import MllpListener, MllpListenerConfig, OnMessage
+from connectors.orthanc.client import OrthancChanges
 from connectors.triton.client import TensorSpec, TritonClient
 from connectors.triton.config import TritonConfig
 from deploy.triton.bundled import BundledTriton, BundledTritonError
@@ -160,6 +161,9 @@ async def open_systems(settings: Settings, overrides: Overrides | None = None) -
         pacs = _open_pacs(settings)
         if isinstance(pacs, DicomwebClient):
             stack.push_async_callback(pacs.aclose)
+        changes = OrthancChanges(settings.orthanc_changes) if settings.orthanc_changes else None
+        if changes:
+            stack.push_async_callback(changes.aclose)
         ehr = FhirClient(settings.ehr) if settings.ehr else None
         if ehr:
             stack.push_async_callback(ehr.aclose)
@@ -178,6 +182,7 @@ async def open_systems(settings: Settings, overrides: Overrides | None = None) -
             images=overrides.images or pacs,
             model=_Model(_triton_config(settings, overrides), stack),
             pacs=pacs,
+            changes=changes,
             context=context,
             context_name=overrides.context_name or (settings.ehr.name if settings.ehr else ""),
             ehr=ehr,

@@ -25,6 +25,7 @@ async def probe_all(settings: Settings) -> list[Probe]:
         probes = [Probe("store", True, True, systems.settings.store_url.split("@")[-1])]
         named: tuple[tuple[str, Any, str], ...] = (
             ("pacs", systems.pacs, "not configured: set pacs.url (results stay in the artifact store)"),
+            ("orthanc", systems.changes, "not configured: set orthanc_changes.url where the PACS is Orthanc"),
             ("ehr", systems.ehr, "not configured: set ehr.url (no context, no DiagnosticReport)"),
             ("ris", systems.ris, "not configured: set ris.host and ris.port (no ORU)"),
             ("triton", systems.model, ""),

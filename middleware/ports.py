@@ -100,6 +100,55 @@ class ImageArchive(ImageSource, Protocol):
         """Store instances; one outcome each, in the order given."""
 
 
+class StudyChange(Protocol):
+    """One entry of a PACS' log of changes."""
+
+    @property
+    def sequence(self) -> int:
+        """Its number."""
+
+    @property
+    def kind(self) -> str:
+        """What happened: NewStudy, NewSeries, StableStudy."""
+
+    @property
+    def study_instance_uid(self) -> str:
+        """To which study."""
+
+
+class StudyChanges(Protocol):
+    """A page of a PACS' log of changes."""
+
+    @property
+    def items(self) -> Sequence[StudyChange]:
+        """Its entries about studies."""
+
+    @property
+    def last(self) -> int:
+        """The number to ask from next."""
+
+    @property
+    def done(self) -> bool:
+        """Whether there is nothing newer."""
+
+    @property
+    def reset(self) -> bool:
+        """Whether the log begins anew, so that numbers remembered of it mean nothing."""
+
+
+class ChangeLog(Protocol):
+    """A PACS that keeps a log of changes (Orthanc)."""
+
+    async def changes_since(self, sequence: int) -> StudyChanges:
+        """The changes after a number, a page of them."""
+
+    async def last_sequence(self) -> int:
+        """The newest number."""
+
+    async def probe(self) -> str:
+        """One line about what answers there."""
+
+
 class ContextSource(Protocol):
     """Where clinical context comes from: an EHR, or a Bundle given by hand."""
 

@@ -25,6 +25,7 @@ from connectors.dicomweb.config import DicomwebConfig
 from connectors.fhir.config import FhirConfig
 from connectors.mllp.config import MllpConfig
 from connectors.mllp.listener_config import MllpListenerConfig
+from connectors.orthanc.config import OrthancConfig
 from connectors.triton.config import TritonConfig
 from middleware.errors import SettingsError
 
@@ -115,6 +116,12 @@ class PacsWatchSettings(BaseModel):
     )
 
 
+class OrthancSettings(OrthancConfig):
+    """Orthanc's log of changes, beside or instead of looking for changed studies by QIDO-RS."""
+
+    interval_s: float = Field(default=2.0, gt=0, description="Time between two looks at the log.")
+
+
 class CompletenessSettings(BaseModel):
     """When a study that arrives is read, unless somebody says that it is complete."""
 
@@ -172,6 +179,7 @@ class Settings(BaseSettings):
     ehr: EhrSettings | None = None
     ris: RisSettings | None = None
     pacs_watch: PacsWatchSettings | None = Field(default=None, description="None: the PACS is not watched.")
+    orthanc_changes: OrthancSettings | None = Field(default=None, description="None: the log is not read.")
     completeness: CompletenessSettings = CompletenessSettings()
     hl7_listener: HearingSettings | None = Field(default=None, description="None: no HL7 messages are heard.")
     triton: TritonConfig | None = Field(default=None, description="None: the bundled Triton is started for the run.")

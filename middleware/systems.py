@@ -7,7 +7,7 @@ from datetime import datetime
 import jinja2
 
 from middleware.intake.protocols import LoadedProtocol
-from middleware.ports import ContextSource, Ehr, ImageArchive, ImageSource, ModelServer, Ris
+from middleware.ports import ChangeLog, ContextSource, Ehr, ImageArchive, ImageSource, ModelServer, Ris
 from middleware.settings import Settings
 from middleware.store.arrivals import ArrivalStore
 from middleware.store.artifacts import ArtifactStore
@@ -29,6 +29,7 @@ class Systems:
     images: ImageSource | None = None
     model: ModelServer | None = None
     pacs: ImageArchive | None = None
+    changes: ChangeLog | None = None
     context: ContextSource | None = None
     context_name: str = ""
     ehr: Ehr | None = None

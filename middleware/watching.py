@@ -1,4 +1,4 @@
-"""The watchers of `wetread serve`: what is new in the PACS, and which of the studies that wait are to be read now."""
+"""The watchers of `wetread serve`: what is new in the PACS, and which of the studies that wait are due."""
 
 import asyncio
 import contextlib
@@ -9,47 +9,26 @@ from contextlib import asynccontextmanager
 from datetime import datetime, timedelta
 from typing import Any
 
-from pydantic import TypeAdapter
-
 from connectors.errors import ConnectorError
-from mappings.model.study import Study
 from middleware import telemetry
-from middleware.intake.completeness import (
-    Patience,
-    Sight,
-    Told,
-    Verdict,
-    changes_roles,
-    digest_images,
-    judge,
-    may_apply,
-    see_study,
-)
-from middleware.intake.headers import Headers
-from middleware.intake.inbox import accept_study, see_studies, workflow_id
-from middleware.ports import ImageArchive
+from middleware.intake.inbox import Hint, hear_of_study, see_studies
+from middleware.looking import StartReading, look_after_studies
+from middleware.ports import ChangeLog, ImageArchive
 from middleware.store.arrivals import Seen
-from middleware.store.tables import StudyJob
 from middleware.systems import Systems
 
-StartReading = Callable[[StudyJob], Awaitable[None]]
-
-SOURCE = "pacs"
-TURN_S = 0.5
-"""How often it is asked which study is due."""
-AT_ONCE = 4
-"""Studies that are looked at at one time."""
+SOURCE, ORTHANC = "pacs", "orthanc"
 LONGEST_PAUSE_S = 60.0
-COMPLETE = frozenset({"completed", "preliminary", "final"})
-"""Order statuses that say that all images were acquired."""
 
 
 @asynccontextmanager
 async def watch_studies(systems: Systems, start_reading: StartReading) -> AsyncIterator[None]:
     """Watch the PACS, where that is configured, and the studies that wait, while the block runs."""
-    loops = [_look_after_waiting(systems, start_reading)]
+    loops = [look_after_studies(systems, start_reading)]
     if systems.pacs is not None and systems.settings.pacs_watch is not None:
         loops.append(_watch_pacs(systems, systems.pacs))
+    if systems.changes is not None:
+        loops.append(_watch_orthanc(systems, systems.changes))
     tasks = [asyncio.create_task(loop) for loop in loops]
     try:
         yield
@@ -66,18 +45,29 @@ async def watch_studies(systems: Systems, start_reading: StartReading) -> AsyncI
 async def _watch_pacs(systems: Systems, pacs: ImageArchive) -> None:
     settings = systems.settings.pacs_watch
     assert settings is not None
-    pause_s = settings.interval_s
     whole_at = 0.0
-    while True:
+
+    async def turn() -> None:
+        nonlocal whole_at
         is_whole = time.monotonic() >= whole_at
+        await _look_at_pacs(systems, pacs, is_whole=is_whole)
+        whole_at = time.monotonic() + settings.look_back_every_s if is_whole else whole_at
+
+    await _repeat(turn, settings.interval_s, SOURCE)
+
+
+async def _repeat(turn: Callable[[], Awaitable[None]], interval_s: float, source: str) -> None:
+    """Do it for ever, more and more seldom while it fails: an odd answer must not end the watch."""
+    pause_s = interval_s
+    while True:
         try:
-            await _look_at_pacs(systems, pacs, is_whole=is_whole)
-        except Exception as error:  # an odd answer must not end the watch
-            pause_s = min(max(pause_s, 1.0) * 2, LONGEST_PAUSE_S)
-            telemetry.log("PACS not looked at", source=SOURCE, kind=type(error).__name__)
-        else:
-            pause_s = settings.interval_s
-            whole_at = time.monotonic() + settings.look_back_every_s if is_whole else whole_at
+            await turn()
+            pause_s = interval_s
+        except Exception as error:
+            pause_s = min(max(pause_s, 1.0) * 2, max(LONGEST_PAUSE_S, interval_s))
+            reason = str(error) if isinstance(error, ConnectorError) else ""
+            telemetry.log("not watched just now", source=source, kind=type(error).__name__)
+            telemetry.tell(telemetry.Progress(f"watching {source}", "waiting", reason))
         await asyncio.sleep(pause_s)
 
 
@@ -118,139 +108,38 @@ def _value(headers: dict[str, Any], tag: str) -> str:
     return str(next(iter((headers.get(tag) or {}).get("Value") or ()), "")).strip()
 
 
-# Which studies are to be read
+# Orthanc's log of changes
 
 
-async def _look_after_waiting(systems: Systems, start_reading: StartReading) -> None:
-    """Look at the studies that are due, a few at a time, for ever."""
-    looking = Looking(systems, start_reading)
-    room = asyncio.Semaphore(AT_ONCE)
-
-    async def look(job: StudyJob) -> None:
-        async with room:
-            await looking.look(job)
-
-    while True:
-        try:
-            due = await asyncio.to_thread(systems.arrivals.due, systems.now())
-            await asyncio.gather(*(look(job) for job in due))
-        except Exception as error:  # the store is away; what is due stays due
-            telemetry.log("studies that wait not looked at", kind=type(error).__name__)
-            await asyncio.sleep(TURN_S)
-        await asyncio.sleep(TURN_S)
+async def _watch_orthanc(systems: Systems, changes: ChangeLog) -> None:
+    settings = systems.settings.orthanc_changes
+    assert settings is not None
+    await _repeat(lambda: _read_changes(systems, changes), settings.interval_s, ORTHANC)
 
 
-class Looking:
-    """Looks at one study at a time and decides what becomes of it."""
+async def _read_changes(systems: Systems, changes: ChangeLog) -> None:
+    """Hear of every change since the watermark, which is `epoch:sequence`: the first time from now on, and in a new
+    epoch where the log was reset, since its numbers begin again."""
+    arrivals, now = systems.arrivals, systems.now
+    watermark = await asyncio.to_thread(arrivals.watermark, ORTHANC)
+    if not watermark:
+        watermark = f"0:{await changes.last_sequence()}"
+        await asyncio.to_thread(arrivals.set_watermark, ORTHANC, watermark, now())
+    epoch, sequence = map(int, watermark.split(":"))
+    is_done = False
+    while not is_done:
+        page = await changes.changes_since(sequence)
+        for change in page.items:
+            kind: Hint = "images-stable" if change.kind == "StableStudy" else "images"
+            await _hear_change(systems, change.study_instance_uid, kind, f"{epoch}/{change.sequence}")
+        epoch, sequence, is_done = epoch + page.reset, page.last, page.done or page.reset
+        await asyncio.to_thread(arrivals.set_watermark, ORTHANC, f"{epoch}:{sequence}", now())
 
-    def __init__(self, systems: Systems, start_reading: StartReading) -> None:
-        self._systems = systems
-        self._start_reading = start_reading
-        self._headers = Headers(systems.pacs) if systems.pacs is not None else None
 
-    async def look(self, job: StudyJob) -> None:
-        """Look at a job that is due: start it, wait on, conclude it, or note that what came changes nothing."""
-        try:
-            if job.state == "accepted":
-                await self._start_reading(job)
-                await self._settle(job, job.state, None)
-            elif job.state == "failed":
-                await self._try_again(job)
-            elif job.state == "waiting":
-                await self._decide(job)
-            else:
-                await self._weigh_change(job)
-        except Exception as error:  # one study must not hold up the others; it is looked at again
-            kind = type(error).__name__
-            telemetry.log("study not looked at", job_id=job.job_id, state=job.state, kind=kind)
-            await self._look_later(job, error)
-
-    async def _look_later(self, job: StudyJob, error: Exception) -> None:
-        text = str(error) if isinstance(error, ConnectorError) else f"unexpected {type(error).__name__}"
-        reasons = (f"its images cannot be looked at now: {text}",) if job.state == "waiting" else tuple(job.reasons)
-        with contextlib.suppress(Exception):  # where the store is away the job stays due
-            pause = timedelta(seconds=self._systems.settings.completeness.look_every_s * 2)
-            await self._settle(job, job.state, self._systems.now() + pause, reasons)
-
-    async def _try_again(self, job: StudyJob) -> None:
-        """Read again what failed since a system was not there."""
-        store, uid, key = self._systems.store, job.study_instance_uid, workflow_id(job)
-        job, _ = await asyncio.to_thread(accept_study, store, uid, source="retry", key=key, now=self._systems.now())
-        await self._start_reading(job)
-
-    async def _decide(self, job: StudyJob) -> None:
-        systems = self._systems
-        protocols = [one.protocol for one in systems.protocols.values()]
-        study = await self._study(job, is_wanted=lambda outline: may_apply(outline, protocols))
-        sight = await asyncio.to_thread(see_study, study, protocols)
-        verdict = judge(sight, self._told(job, study), job.facts.get("look", {}), self._patience(), systems.now())
-        await self._carry_out(job, verdict, sight, study)
-
-    async def _carry_out(self, job: StudyJob, verdict: Verdict, sight: Sight, study: Study | None) -> None:
-        marks = {"look": dict(verdict.marks)}
-        if verdict.action == "wait":
-            await self._settle(job, "waiting", verdict.look_at, verdict.reasons, marks)
-        elif verdict.action == "read":
-            if await self._settle(job, "accepted", self._systems.now(), (), marks):
-                await self.look(self._systems.store.job(job.job_id))
-        else:
-            kept = {"study": self._keep(study)} if study is not None else {}
-            telemetry.JOBS.labels(verdict.action).inc()
-            await self._settle(job, verdict.action, None, verdict.reasons, {**marks, **kept})
-
-    async def _weigh_change(self, job: StudyJob) -> None:
-        """What came after a study was read: what matters makes it wait for another run, the rest is noted."""
-        study = await self._study(job, anew=True)
-        if study is not None and await asyncio.to_thread(self._matters, job, study):
-            await self._settle(job, "waiting", self._systems.now(), ("images came after it was read",), {"look": {}})
-        else:
-            note = "nothing: no protocol uses what came" if study else "nothing: the PACS has no images of it"
-            await self._settle(job, job.state, None, job.reasons, note=note)
-
-    def _matters(self, job: StudyJob, study: Study) -> bool:
-        """Whether the study differs from the one that was read in whose it is or, where a result was released, in an
-        image that plays a role (else in any image)."""
-        if "study" not in job.facts:
-            return True
-        before = self._load(TypeAdapter(Study), job.facts["study"])
-        if (before.patient, before.accession_number) != (study.patient, study.accession_number):
-            return True
-        protocol = self._systems.protocols.get(job.protocol)
-        if job.state != "released" or protocol is None:
-            return digest_images(before) != digest_images(study)
-        return changes_roles(before, study, protocol.protocol)
-
-    async def _study(self, job: StudyJob, **how: Any) -> Study | None:
-        return await self._headers.study(job.study_instance_uid, **how) if self._headers else None
-
-    def _told(self, job: StudyJob, study: Study | None) -> Told:
-        heard, is_stable = self._systems.heard, bool(job.facts.get("said_stable"))
-        orders = heard.orders_with(study_instance_uid=job.study_instance_uid)
-        if not orders and study is not None and study.accession_number:
-            orders = heard.orders_with(accession_number=study.accession_number)
-        complete = bool(orders) and all(order.status in COMPLETE for order in orders)
-        return Told(complete or is_stable, any(order.is_on_hold for order in orders))
-
-    def _patience(self) -> Patience:
-        settings = self._systems.settings.completeness
-        return Patience(settings.quiet_s, settings.longest_wait_s, settings.look_every_s)
-
-    def _keep(self, study: Study) -> str:
-        return self._systems.artifacts.put(TypeAdapter(Study).dump_json(study)).digest
-
-    def _load(self, adapter: TypeAdapter[Any], digest: str) -> Any:
-        return adapter.validate_json(self._systems.artifacts.get(digest))
-
-    async def _settle(
-        self,
-        job: StudyJob,
-        state: str,
-        look_at: datetime | None,
-        reasons: Any = (),
-        facts: Any = None,
-        note: str = "",
-    ) -> bool:
-        arrivals, now = self._systems.arrivals, self._systems.now()
-        return await asyncio.to_thread(
-            lambda: arrivals.settle(job, now, state=state, look_at=look_at, reasons=reasons, facts=facts, note=note)
+async def _hear_change(systems: Systems, study_uid: str, kind: Hint, key: str) -> None:
+    try:
+        await asyncio.to_thread(
+            hear_of_study, systems.arrivals, study_uid, kind, source=ORTHANC, key=key, now=systems.now()
         )
+    except ValueError:
+        telemetry.log("study not heard of", source=ORTHANC, kind="not a DICOM UID")

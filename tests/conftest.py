@@ -12,6 +12,7 @@ from deploy.hospital.ehr import RunningEhr, start_ehr
 from deploy.hospital.pacs import RunningOrthanc, start_orthanc
 from deploy.hospital.ris_process import RunningRis, start_ris
 from deploy.triton.bundled import BundledTriton
+from tests.crash.small_study import SmallStudy, build_small_truth
 from tests.fixtures.triton_truth import build_truth_repository
 from tests.fixtures.triton_truth.study import RealStudy, real_study
 
@@ -29,6 +30,19 @@ def truth_triton(tmp_path_factory: pytest.TempPathFactory, truth: RealStudy) -> 
     """HOST:PORT of a real Triton whose prostate_reference answers the real study's truth, at once."""
     models = build_truth_repository(tmp_path_factory.mktemp("truth"), truth.gland, truth.zones, truth.lesion)
     with BundledTriton(models) as server:
+        yield server.grpc_url
+
+
+@pytest.fixture(scope="session")
+def small_study(tmp_path_factory: pytest.TempPathFactory) -> SmallStudy:
+    """Seven slices of the phantom, to be copied under other UIDs."""
+    return SmallStudy(tmp_path_factory.mktemp("phantom"))
+
+
+@pytest.fixture(scope="session")
+def small_triton(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """HOST:PORT of a real Triton that answers the small study's truth, at once."""
+    with BundledTriton(build_small_truth(tmp_path_factory.mktemp("models"))) as server:
         yield server.grpc_url
 
 

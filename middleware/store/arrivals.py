@@ -156,8 +156,8 @@ def _apply(session: Session, happened: StudyEvent, reopen: Collection[str], othe
         job.look_at = at
     else:
         event.note = otherwise
-    if event.kind.startswith("images"):
-        job.facts = {**job.facts, "said_stable": event.kind == "images-stable"}
+    if event.kind == "images-stable":
+        job.facts = {**job.facts, "said_stable": event.idempotency_key}
     session.add(job)
     session.add(event)
     session.flush()
