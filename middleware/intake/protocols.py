@@ -32,14 +32,15 @@ ARTIFACT_KINDS = {
 
 @dataclass(frozen=True)
 class LoadedProtocol:
-    """A protocol, the sha256 of the file it came from, so that a result can name the exact text, and its rules
-    ready to be evaluated."""
+    """A protocol, the text of the file it came from with its sha256, so that a result can name exactly what was
+    applied, and its rules ready to be evaluated."""
 
     protocol: Protocol
     digest: str
     file: str
     when: tuple[tuple[RuleText, Rule], ...] = ()
     set_aside: tuple[tuple[RuleText, Rule], ...] = ()
+    text: str = ""
 
 
 def load_protocols(folder: Path | None = None) -> dict[str, LoadedProtocol]:
@@ -81,7 +82,8 @@ def load_protocol(file: Path) -> LoadedProtocol:
     when, set_aside = (
         [(r, compile_rule(r.expression)) for r in rules] for rules in (protocol.when, protocol.set_aside)
     )
-    return LoadedProtocol(protocol, hashlib.sha256(text.encode()).hexdigest(), str(file), tuple(when), tuple(set_aside))
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return LoadedProtocol(protocol, digest, str(file), tuple(when), tuple(set_aside), text)
 
 
 Place = tuple[str | int, ...]

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
 
-from sqlalchemy import Engine, func
+from sqlalchemy import Engine, and_, func, or_
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import Session, SQLModel, col, select
 
-from middleware.store.heard import HeardMessage, OrderRecord, PatientRecord
+from middleware.store.heard import HeardMessage, OrderRecord, PatientRecord, RefusedNumber
 
 
 @dataclass(frozen=True)
@@ -124,6 +124,22 @@ class HearingStore:
         """The order of a study, by its UID or else its accession number."""
         with Session(self._engine) as session:
             return find_one_order(session, study_instance_uid=study_instance_uid, accession_number=accession_number)
+
+    def orders_of_study(self, study_instance_uid: str, accession_number: str = "") -> list[OrderRecord]:
+        """Every order that names this study or accession number, the latest change first."""
+        named = col(OrderRecord.study_instance_uid) == study_instance_uid
+        if accession_number:
+            named = or_(named, col(OrderRecord.accession_number) == accession_number)
+        with Session(self._engine, expire_on_commit=False) as session:
+            return list(session.exec(select(OrderRecord).where(named).order_by(col(OrderRecord.updated_at).desc())))
+
+    def refused_about(self, numbers: Collection[tuple[str, str]]) -> list[HeardMessage]:
+        """Messages that were refused and name one of these numbers (kind and number), in the order they came."""
+        named = [and_(col(RefusedNumber.kind) == k, col(RefusedNumber.number) == n) for k, n in numbers if n]
+        with Session(self._engine, expire_on_commit=False) as session:
+            positions = select(RefusedNumber.position).where(or_(*named)) if named else ()
+            query = select(HeardMessage).where(col(HeardMessage.position).in_(positions))
+            return list(session.exec(query.order_by(col(HeardMessage.position))))
 
     def orders_to_read(self, statuses: Collection[str], since: datetime) -> list[OrderRecord]:
         """Orders in one of these statuses, not on hold, changed since then, whose study was not handed on yet."""
