@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,15 @@ def load_protocols(folder: Path | None = None) -> dict[str, LoadedProtocol]:
             raise SettingsError(f"{file}: protocol {one.protocol.name} is also in {loaded[one.protocol.name].file}")
         loaded[one.protocol.name] = one
     return loaded
+
+
+def replace_protocol(in_use: Mapping[str, LoadedProtocol], tried: LoadedProtocol) -> dict[str, LoadedProtocol]:
+    """The protocols in use with `tried` in the place of the one of its name; a new one stands where its file name
+    would put it."""
+    name = tried.protocol.name
+    if name in in_use:
+        return {**in_use, name: tried}
+    return dict(sorted({**in_use, name: tried}.items(), key=lambda item: Path(item[1].file).name))
 
 
 def load_protocol(file: Path) -> LoadedProtocol:
