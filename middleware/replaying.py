@@ -95,13 +95,17 @@ def replay_past(settings: Settings, days: float, protocols: Protocols, screen: C
         jobs = kept.store.jobs_heard_since(datetime.now(UTC) - timedelta(days=days)) if kept else []
         replayed = [one for job in jobs if kept and (one := _replay(job, kept, protocols))]
     if not replayed:
-        screen.print(f"Nothing to replay: of the last {days:g} days no study's images are kept.")
+        screen.print(f"Nothing to replay: of {_last(days)} no study's images are kept.")
         return NOTHING_KEPT
     _print_summary(replayed, len(jobs), days, screen)
     for each in replayed:
         if show_all or each.outcome != "same":
             _print_replayed(each, screen)
     return 0
+
+
+def _last(days: float) -> str:
+    return "the last day" if days == 1 else f"the last {days:g} days"
 
 
 def _replay(job: StudyJob, kept: Kept, protocols: Protocols) -> Replayed | None:
@@ -123,7 +127,7 @@ def _told_by(job: StudyJob) -> Decided:
 
 def _print_summary(replayed: list[Replayed], heard: int, days: float, screen: Console) -> None:
     counts = Counter(each.outcome for each in replayed)
-    studies = f"{len(replayed)} {'study' if len(replayed) == 1 else 'studies'} of the last {days:g} days"
+    studies = f"{len(replayed)} {'study' if len(replayed) == 1 else 'studies'} of {_last(days)}"
     told = f"[bold]{studies}, {counts['differs']} would differ[/], {counts['open']} cannot be decided"
     why = " (a rule needs the EHR's context, which was not gathered then)" if counts["open"] else ""
     screen.print(f"{told}{why}.", soft_wrap=True)
