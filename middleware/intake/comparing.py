@@ -28,7 +28,7 @@ def _changes(name: str, then: Decided, now: Decided) -> Iterator[str]:
     if after is None:
         yield f"{name} is not in use now"
     elif before is None and then.considered:
-        yield f"{name} was not in use then"
+        yield f"{name} was not tried then"
     else:
         yield from _changed_checks(name, before, after)
         yield from (f"then: {reason}" for reason in then.reasons if before is None)

@@ -1,6 +1,8 @@
 """`wetread explain` and `protocols dry-run --past` on what a running service keeps."""
 
+import json
 import re
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -19,7 +21,7 @@ from deploy.hospital.process import LOOPBACK, free_port
 from middleware.intake.protocols import BUNDLED
 from middleware.store.queries import open_engine
 from middleware.store.tables import Decision
-from tests.commands import Ended, run_wetread
+from tests.commands import Ended, run_wetread, write_config
 from tests.crash.small_study import Copy, SmallStudy
 from tests.hl7_inbox import write_order
 from tests.serving import Service
@@ -231,7 +233,7 @@ def test_another_protocol_beside_those_in_use_takes_only_what_they_leave(site: S
     told = site.replay(**{"name: prostate_mri": "name: z_last", "labs.psa >= 4.0": "labs.psa >= 2.0"})
     assert "1 would differ" in told
     low = rf"{site.studies['low'].study_uid} then read by no protocol; its reading is unmatched "
-    assert re.search(rf"{low}now read by z_last version 1 why z_last was not in use then", told)
+    assert re.search(rf"{low}now read by z_last version 1 why z_last was not tried then", told)
 
 
 @pytest.mark.parametrize("options", [(), ("folder", "--past", "1")])
@@ -257,3 +259,30 @@ def test_a_folder_shows_every_check(site: Site) -> None:
     assert "This study would be read, if the rules that need the EHR's context let it in." in ended.out
     aside = site.run("protocols", "dry-run", site.folder / "pacs" / "qa")
     assert (aside.code, "set aside: a QA patient" in aside.out) == (3, True)
+
+
+def test_the_reading_itself_goes_to_the_protocol_whose_rules_let_the_study_in(site: Site, tmp_path: Path) -> None:
+    for name, changes in {"a_strict": ("labs.psa >= 4.0", "labs.psa >= 20.0"), "b_other": ("", "")}.items():
+        text = PROTOCOL.replace("name: prostate_mri", f"name: {name}", 1).replace(*changes)
+        (tmp_path / "protocols").mkdir(exist_ok=True)
+        (tmp_path / "protocols" / f"{name}.yaml").write_text(text, encoding="utf-8")
+    (tmp_path / "chart.json").write_text(json.dumps(site.studies["high"].chart), encoding="utf-8")
+    write_config(tmp_path, [f"protocols_dir: {tmp_path}/protocols", "pacs: {folder: pacs}"])
+    shutil.copytree(site.folder / "pacs" / "high", tmp_path / "pacs")
+    uid = site.studies["high"].study_uid
+    triton = ("--triton", f"{LOOPBACK}:{free_port()}")
+    ended = run_wetread(tmp_path, "process", uid, "--out", "out", "--context", "chart.json", *triton)
+    assert ended.code == 1, ended.said
+    assert "protocol a_strict;" in ended.out, "as far as images tell"
+    assert "2 rules let the study in, to be read by protocol b_other" in ended.out
+    trace = json.loads((tmp_path / "out" / "trace.json").read_text(encoding="utf-8"))
+    assert (trace["protocol"]["name"], trace["steps"][-1]["step"]) == ("b_other", "inference")
+    told = " ".join(run_wetread(tmp_path, "explain", uid).out.split())
+    assert "protocol a_strict version 1 does not read it" in told
+    assert "protocol b_other version 1 reads it" in told
+    only = run_wetread(
+        tmp_path, "process", uid, "--out", "out", "--context", "chart.json", "--protocol", "a_strict", *triton
+    )
+    assert (only.code, "a_strict: PSA under 4 ng/mL" in only.err) == (3, True), only.said
+    told = " ".join(run_wetread(tmp_path, "explain", uid).out.split())
+    assert "protocol b_other" not in told.split("Rules")[1].split("By today")[0]

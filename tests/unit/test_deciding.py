@@ -246,7 +246,7 @@ def test_another_protocol_is_told_from_both_sides(protocol: Any) -> None:
     (why,) = compare(ask(a, b), ask(stricter, b))
     assert why.startswith("a, when, now: too low")
     assert compare(ask(a, b), ask(b)) == ("a is not in use now",)
-    assert compare(ask(b), ask(a, b)) == ("a was not in use then",)
+    assert compare(ask(b), ask(a, b)) == ("a was not tried then",)
     assert compare(ask(a, b), ask(b, a)) == (COMES_FIRST,)
 
 
