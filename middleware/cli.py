@@ -18,10 +18,10 @@ from rich.table import Table
 from sqlalchemy.exc import DBAPIError
 
 from middleware import app as service
-from middleware import checking, explaining, holding_desk, process, telemetry
+from middleware import checking, explaining, holding_desk, process, replaying, telemetry
 from middleware.errors import SettingsError
 from middleware.intake.holding import reject_study, release_study
-from middleware.intake.protocols import BUNDLED, load_protocol, load_protocols
+from middleware.intake.protocols import BUNDLED, load_protocol, load_protocols, replace_protocol
 from middleware.settings import Settings, load_settings
 
 cli = typer.Typer(
@@ -133,7 +133,7 @@ def check(config: ConfigOption = None) -> None:
 def explain(
     study_uid: Annotated[str, typer.Argument(help="The study's StudyInstanceUID.")], config: ConfigOption = None
 ) -> None:
-    """Why protocols did or did not run on a study, and where each result is now."""
+    """Why protocols did or did not read a study, rule by rule, and where each result is now."""
     found = explaining.explain_study(load_settings(config), study_uid, screen)
     raise typer.Exit(0 if found else 2)
 
@@ -201,13 +201,27 @@ def validate_protocols(
 
 @protocols_cli.command("dry-run")
 def dry_run(
-    source: Annotated[Path, typer.Argument(help="A folder of DICOM files.")],
+    source: Annotated[Path | None, typer.Argument(help="A folder of DICOM files; or give --past.")] = None,
     protocol: Annotated[Path | None, typer.Option(help="A protocol file to try; default: those in use.")] = None,
+    past: Annotated[float | None, typer.Option(help="Replay the studies heard of in the last DAYS days.")] = None,
+    show_all: Annotated[bool, typer.Option("--all", help="With --past: also those that stay the same.")] = False,
     config: ConfigOption = None,
 ) -> None:
-    """Show which protocol applies to a study, and why each series is or is not chosen; nothing is read or sent."""
-    loaded = [load_protocol(protocol)] if protocol else list(load_protocols(_folder(load_settings(config))).values())
-    raise typer.Exit(asyncio.run(explaining.dry_run(source, [one.protocol for one in loaded], screen)))
+    """Show which protocol would read a study, and why; nothing is read, sent or changed.
+
+    Of a folder: with --protocol that protocol alone is tried. With --past DAYS: the protocols in use, with that file in
+    the place of the one of its name, decide again about each study whose images were read then, by what was kept of
+    images and EHR. Only what rules decide is replayed: match, roles, when and set_aside.
+    """
+    if (source is None) == (past is None):
+        raise SettingsError("dry-run needs a folder of DICOM files or --past DAYS, and not both")
+    settings = load_settings(config)
+    tried = load_protocol(protocol) if protocol else None
+    in_use = {} if tried and source else load_protocols(settings.protocols_dir)
+    protocols = replace_protocol(in_use, tried) if tried else in_use
+    if source is not None:
+        raise typer.Exit(asyncio.run(replaying.dry_run(source, protocols, screen)))
+    raise typer.Exit(replaying.replay_past(settings, past or 0.0, protocols, screen, show_all=show_all))
 
 
 def _folder(settings: Settings) -> Path:

@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
-from connectors.errors import ConnectorError
+from connectors.errors import ConnectorError, Permanent
 from mappings.model.study import Study
 from middleware import telemetry
 from middleware.intake.completeness import (
@@ -19,11 +19,14 @@ from middleware.intake.completeness import (
     changes_roles,
     digest_images,
     judge,
-    may_apply,
+    refused_modalities,
+    see_outline,
     see_study,
 )
+from middleware.intake.deciding import Decided
 from middleware.intake.headers import Headers
 from middleware.intake.inbox import accept_study, workflow_id
+from middleware.intake.order_context import find_own_orders
 from middleware.store.tables import StudyJob
 from middleware.systems import Systems
 
@@ -96,12 +99,16 @@ class Looking:
 
     async def _decide(self, job: StudyJob) -> None:
         systems = self._systems
-        protocols = [one.protocol for one in systems.protocols.values()]
-        study = await self._study(job, is_wanted=lambda outline: may_apply(outline, protocols))
-        sight = await asyncio.to_thread(see_study, study, protocols)
+        protocols, now = systems.protocols, systems.now()
+        try:
+            study = await self._study(job, is_wanted=lambda outline: not refused_modalities(outline, protocols))
+            sight = await asyncio.to_thread(see_study, study, protocols, now)
+        except Permanent as error:  # a PACS without WADO-RS metadata: only the timer can tell
+            study = await self._headers.outline(job.study_instance_uid) if self._headers else None
+            sight = see_outline(study, str(error))
         marks = _mark_stable(job, sight)
         told = self._told(job, study, is_stable=marks.get("stable") == sight.images)
-        verdict = judge(sight, told, marks, self._patience(), systems.now())
+        verdict = judge(sight, told, marks, self._patience(), now)
         await self._carry_out(job, verdict, sight, study)
 
     async def _carry_out(self, job: StudyJob, verdict: Verdict, sight: Sight, study: Study | None) -> None:
@@ -112,7 +119,7 @@ class Looking:
             if await self._settle(job, "accepted", self._systems.now(), (), marks):
                 await self.look(self._systems.store.job(job.job_id))
         else:
-            kept = {"study": self._keep(study)} if study is not None else {}
+            kept = self._keep(study, sight.decided) if study and sight.decided else {}
             telemetry.JOBS.labels(verdict.action).inc()
             await self._settle(job, verdict.action, None, verdict.reasons, {**marks, **kept})
 
@@ -142,10 +149,8 @@ class Looking:
         return await self._headers.study(job.study_instance_uid, **how) if self._headers else None
 
     def _told(self, job: StudyJob, study: Study | None, *, is_stable: bool) -> Told:
-        heard = self._systems.heard
-        orders = heard.orders_with(study_instance_uid=job.study_instance_uid)
-        if not orders and study is not None and study.accession_number:
-            orders = heard.orders_with(accession_number=study.accession_number)
+        accession = study.accession_number if study else ""
+        orders = find_own_orders(self._systems.heard, job.study_instance_uid, accession)
         complete = bool(orders) and all(order.status in COMPLETE for order in orders)
         return Told(complete or is_stable, any(order.is_on_hold for order in orders))
 
@@ -153,8 +158,15 @@ class Looking:
         settings = self._systems.settings.completeness
         return Patience(settings.quiet_s, settings.longest_wait_s, settings.look_every_s)
 
-    def _keep(self, study: Study) -> str:
-        return self._systems.artifacts.put(TypeAdapter(Study).dump_json(study)).digest
+    def _keep(self, study: Study, decided: Decided) -> dict[str, str]:
+        """Keep what a reading would have kept, so that a study that was not fetched is explained all the same."""
+        put = self._systems.artifacts.put
+        for loaded in self._systems.protocols.values():
+            put(loaded.text.encode())
+        return {
+            "study": put(TypeAdapter(Study).dump_json(study)).digest,
+            "rules": put(TypeAdapter(Decided).dump_json(decided)).digest,
+        }
 
     def _load(self, adapter: TypeAdapter[Any], digest: str) -> Any:
         return adapter.validate_json(self._systems.artifacts.get(digest))

@@ -25,17 +25,14 @@ from mappings.inputs.fhir_to_labs import LABS, LOINC
 from mappings.model.context import ClinicalContext
 from mappings.model.findings import Findings, ModelIdentity, RoleChoice
 from mappings.model.protocol import Protocol
-from mappings.model.rules import Verdict
 from mappings.model.study import Study
-from mappings.reading.routing import evaluate
-from mappings.reading.series_to_roles import choose_series, match_protocol
-from mappings.reading.study_to_facts import facts_of
 from mappings.reading.tensors_to_findings import AnswerUnusable, Reading, check_answer, tensors_to_findings
 from mappings.reading.volumes_to_tensors import volumes_to_tensors
 from middleware import telemetry
 from middleware.errors import Stopped
+from middleware.intake.deciding import Decided, decide
 from middleware.intake.identity import digest_identity, find_disagreements, find_heard_disagreements
-from middleware.intake.images import RoleImages, check_roles, load_roles, read_study
+from middleware.intake.images import RoleImages, load_roles, read_study
 from middleware.intake.inbox import next_try_at, run_started_at, workflow_id
 from middleware.intake.order_context import find_order
 from middleware.ports import ContextSource
@@ -100,6 +97,7 @@ class Answered(TypedDict):
 _STUDY = TypeAdapter(Study)
 _ROLES = TypeAdapter(tuple[RoleChoice, ...])
 _CONTEXT = TypeAdapter(ClinicalContext)
+_DECIDED = TypeAdapter(Decided)
 _FINDINGS = TypeAdapter(Findings)
 
 
@@ -175,7 +173,8 @@ async def fetch_images(job_id: str, study_uid: str) -> Images:
 
 @DBOS.step()
 async def choose_protocol(job_id: str, study_uid: str, images: Images, wanted: str) -> Route:
-    """Read the headers, find the protocol that applies (or take the `wanted` one) and the series of its roles.
+    """Read the headers, find the first protocol (or take the `wanted` one) that may read the study as far as images
+    tell, and the series of its roles.
 
     Nothing to retry: the answer depends on the spool alone. Stops as unusable or unmatched, with every reason.
     """
@@ -183,16 +182,11 @@ async def choose_protocol(job_id: str, study_uid: str, images: Images, wanted: s
         study = await asyncio.to_thread(read_study, Path(images["folder"]))
         if study.study_instance_uid != study_uid:
             raise Stopped("unusable", ("the images fetched belong to another study than the one asked for",))
-        systems().store.update_job(job_id, systems().now(), facts={"study": _dump(_STUDY, study)})
-        protocol = _match(study, wanted)
-        roles = choose_series(study, protocol)
-        facts = {"roles": _dump(_ROLES, roles)}
-        systems().store.update_job(job_id, systems().now(), protocol=protocol.name, facts=facts, images=_whose(study))
-        await asyncio.to_thread(check_roles, study, protocol, roles)
-        watch.detail = f"protocol {protocol.name}; " + ", ".join(
-            f"{c.role}: series {c.series_label}" for c in roles if c.series_instance_uid
+        route = await _decide(job_id, study, None, wanted)
+        watch.detail = f"protocol {route['protocol']}; " + ", ".join(
+            f"{c.role}: series {c.series_label}" for c in _load(_ROLES, route["roles"]) if c.series_instance_uid
         )
-        return Route(protocol=protocol.name, study=_dump(_STUDY, study), roles=facts["roles"])
+        return route
 
 
 def _whose(study: Study) -> dict[str, str]:
@@ -200,14 +194,26 @@ def _whose(study: Study) -> dict[str, str]:
     return {"patient_id": study.patient.patient_id, "patient_issuer": study.patient.issuer, "study_date": day}
 
 
-def _match(study: Study, wanted: str) -> Protocol:
-    protocols = systems().protocols
-    candidates = [protocols[wanted]] if wanted else list(protocols.values())
-    reasons = {c.protocol.name: match_protocol(study, c.protocol) for c in candidates}
-    matched = [c.protocol for c in candidates if not reasons[c.protocol.name]]
-    if not matched:
-        raise Stopped("unmatched", tuple(f"{name}: {'; '.join(why)}" for name, why in reasons.items()))
-    return matched[0]
+async def _decide(job_id: str, study: Study, context: ClinicalContext | None, wanted: str) -> Route:
+    """What is read of the study, as far as is known with this context (None: not asked for yet). Every verdict is kept
+    with the job, and the text of every protocol file. Stops where no protocol reads the study, with every reason."""
+    here = systems()
+    protocols = {wanted: here.protocols[wanted]} if wanted else here.protocols
+    began = run_started_at(here.store.job(job_id))
+    decided = await asyncio.to_thread(decide, study, context, protocols, began)
+    for loaded in protocols.values():
+        here.artifacts.put(loaded.text.encode())
+    chosen = decided.find(decided.protocol)
+    route = Route(
+        protocol=decided.protocol, study=_dump(_STUDY, study), roles=_dump(_ROLES, chosen.roles) if chosen else ""
+    )
+    facts = {"study": route["study"], "roles": route["roles"], "rules": _dump(_DECIDED, decided)}
+    if context is None:
+        facts["context"] = ""  # what is kept there is an earlier run's
+    here.store.update_job(job_id, here.now(), protocol=decided.protocol, facts=facts, images=_whose(study))
+    if decided.state in ("unmatched", "unusable"):
+        raise Stopped(decided.state, decided.reasons)
+    return route
 
 
 # Context
@@ -337,25 +343,16 @@ def _hold_unless_accepted(job_id: str, study: Study, context: ClinicalContext, d
 
 
 @DBOS.step()
-async def apply_rules(job_id: str, route: Route, context: str) -> None:
-    """Stop (unmatched) where a rule of the protocol does not let the study in or sets it aside; every reason names
-    the value that decided. Nothing to retry."""
+async def apply_rules(job_id: str, route: Route, context: str, wanted: str) -> Route:
+    """Decide with the context which protocol reads the study: the first one that lets it in. Stops as unmatched or
+    unusable; every reason names the value that decided. Nothing to retry."""
     async with _run("rules", job_id) as watch:
-        loaded = systems().protocols[route["protocol"]]
-        facts = facts_of(_load(_STUDY, route["study"]), None, _load(_CONTEXT, context), systems().now())
-        failed = [(text, verdict) for text, rule in loaded.when if not (verdict := evaluate(rule, facts)).matched]
-        aside = [(text, verdict) for text, rule in loaded.set_aside if (verdict := evaluate(rule, facts)).matched]
-        reasons = (
-            *(f"set aside: {text.say or text.expression} ({_looked_at(verdict)})" for text, verdict in aside),
-            *(f"{text.say or 'a rule does not hold'}: {verdict.reason}" for text, verdict in failed),
-        )
-        if reasons:
-            raise Stopped("unmatched", reasons)
+        final = await _decide(job_id, _load(_STUDY, route["study"]), _load(_CONTEXT, context), wanted)
+        loaded = systems().protocols[final["protocol"]]
         watch.detail = f"{len(loaded.when) + len(loaded.set_aside)} rules let the study in"
-
-
-def _looked_at(verdict: Verdict) -> str:
-    return ", ".join(f"{name} is {value}" for name, value in verdict.values_looked_at.items())
+        if final["protocol"] != route["protocol"]:
+            watch.detail += f", to be read by protocol {final['protocol']}"
+        return final
 
 
 # Reading

@@ -21,7 +21,7 @@ async def read_study(job_id: str, study_uid: str, wanted_protocol: str = "") -> 
         route = await steps.choose_protocol(job_id, study_uid, images, wanted_protocol)
         context = await steps.gather_context(job_id, route)
         await steps.check_identity(job_id, route, context)
-        await steps.apply_rules(job_id, route, context)
+        route = await steps.apply_rules(job_id, route, context, wanted_protocol)
         answered = await steps.ask_model(job_id, images, route)
         findings = await steps.derive_findings(job_id, images, route, context, answered)
         await steps.render(job_id, images, route, answered, findings)

@@ -11,7 +11,8 @@ no loops, no assignments and no access to anything but the facts below. Examples
 
 The facts are listed in `study_to_facts.py`. A fact may be unknown. A comparison with an unknown fact is neither true
 nor false: `unknown && false` is false, `unknown || true` is true, and a rule that hangs on it does not match and says
-"not stated". `NAME.stated` is always true or false.
+"not stated". `NAME.stated` is true or false; only of a fact that is not known yet (one that `evaluate` was not given at
+all, since nobody was asked for it) it is unknown too.
 
 The language: `&& || ! ?: == != < <= > >= in + - * /`, `size()`, `double(whole)`, of a text `.contains() .startsWith()
 .endsWith()` and `.matches("RE2 pattern")` (found anywhere; `(?i)` ignores case; the pattern is written out, as `r"..."`
@@ -278,12 +279,13 @@ def _clauses(tokens: Sequence[Token], expression: str) -> tuple[Clause, ...]:
 
 _UNKNOWN = re.compile(r'No value with name "([^"]+)"')
 SHOWN_ITEMS, SHOWN_CHARACTERS = 6, 80
+NOT_KNOWN_YET = "not known yet"
 
 
 def evaluate(rule: Rule, facts: Facts) -> Verdict:
     """What `rule` says of a study with these `facts` (`facts_of`), with the values that decided. Never raises for
     what a study holds: a rule that cannot be computed is undecided and does not match."""
-    looked_at = {name: show_fact(name, facts.get(name)) for name in rule.names}
+    looked_at = {name: show_fact(name, facts[name]) if name in facts else NOT_KNOWN_YET for name in rule.names}
     if _search_cost(rule, facts) > MOST_SEARCH_STEPS:
         return Verdict(False, looked_at, f"cannot be decided: {TOO_MANY_STEPS}", False)
     outcome = _run(rule.program, rule.names, facts)
@@ -294,7 +296,7 @@ def evaluate(rule: Rule, facts: Facts) -> Verdict:
         failed = (f"`{c.text}` does not hold ({_say(c.names, looked_at)})" for c, came in parts if came is False)
         return Verdict(False, looked_at, "; ".join(failed))
     open_parts = [(clause, came) for clause, came in parts if isinstance(came, str)]
-    missing = tuple(dict.fromkeys(n for c, _ in open_parts for n in c.names if facts.get(n) is None))
+    missing = tuple(dict.fromkeys(n for c, _ in open_parts for n in c.names if n in facts and facts[n] is None))
     why = "; ".join(f"`{c.text}` cannot be decided: {_why(c, came, facts)}" for c, came in open_parts)
     return Verdict(False, looked_at, why or f"cannot be decided: {outcome}", False, missing)
 
@@ -338,8 +340,12 @@ def _say(names: Iterable[str], looked_at: Mapping[str, str]) -> str:
 
 
 def _why(clause: Clause, came: str, facts: Facts) -> str:
-    missing = [name for name in clause.names if facts.get(name) is None]
-    return f"{', '.join(missing)} not stated" if _UNKNOWN.search(came) and missing else came
+    lacking = (
+        ([name for name in clause.names if name not in facts], NOT_KNOWN_YET),
+        ([name for name in clause.names if name in facts and facts[name] is None], "not stated"),
+    )
+    told = "; ".join(f"{', '.join(names)} {what}" for names, what in lacking if names)
+    return told if _UNKNOWN.search(came) and told else came
 
 
 def _run(program: Any, names: Iterable[str], facts: Facts) -> bool | str:
@@ -347,7 +353,8 @@ def _run(program: Any, names: Iterable[str], facts: Facts) -> bool | str:
     bound: dict[str, Any] = {}
     for name in names:
         value = facts.get(name)
-        bound[f"{name}.stated"] = value is not None
+        if name in facts:
+            bound[f"{name}.stated"] = value is not None
         if value is not None:
             bound[name] = _bind(FACTS[name].kind, value)
     try:

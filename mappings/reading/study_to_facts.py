@@ -117,6 +117,16 @@ def facts_of(study: Study | None, order: ContextOrder | None, context: ClinicalC
     }
 
 
+def facts_of_images(study: Study, now: datetime) -> Facts:
+    """Those facts that the images alone settle. What an EHR may still add or change is left out, so that a rule that
+    hangs on it stays undecided (`evaluate`) until the EHR was asked."""
+    facts = facts_of(study, None, None, now)
+    settled = {"patient.id", "patient.issuer", "patient.name"}
+    settled |= {"patient.sex"} if study.patient.sex else set()
+    settled |= {"patient.age_years"} if study.patient.birth_date else set()
+    return {name: value for name, value in facts.items() if name.startswith("study.") or name in settled}
+
+
 def _study_facts(study: Study, now: datetime) -> Facts:
     series = study.series
     return {

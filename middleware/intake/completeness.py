@@ -5,7 +5,7 @@ Pure of clocks and systems: what was seen and when comes in, what to do next goe
 """
 
 import hashlib
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from typing import Any, Literal
@@ -13,15 +13,11 @@ from typing import Any, Literal
 from mappings.model.findings import RoleChoice
 from mappings.model.protocol import Protocol
 from mappings.model.study import Instance, Series, Study
-from mappings.reading.series_to_roles import (
-    NON_IMAGE_MODALITIES,
-    STUDY_ATTRIBUTES,
-    choose_series,
-    failed,
-    match_protocol,
-)
-from middleware.errors import Stopped
-from middleware.intake.images import check_roles
+from mappings.reading.series_to_roles import NON_IMAGE_MODALITIES, STUDY_ATTRIBUTES, choose_series, failed
+from middleware.intake.deciding import Decided, decide
+from middleware.intake.protocols import LoadedProtocol
+
+Protocols = Mapping[str, LoadedProtocol]
 
 NOTHING_CAME = timedelta(days=7)
 """So long a study that was announced is waited for."""
@@ -49,12 +45,14 @@ class Told:
 @dataclass(frozen=True)
 class Sight:
     """What one look at a study found: digests of all its images and of those that a protocol requires (empty where
-    there are none, or not all), and in sentences what is missing or why no protocol applies."""
+    there are none, or not all); in sentences what is missing or why no protocol applies; the verdicts, where the
+    headers were looked at."""
 
     images: str = ""
     required: str = ""
     applies: bool = False
     reasons: tuple[str, ...] = ()
+    decided: Decided | None = None
 
 
 @dataclass(frozen=True)
@@ -68,41 +66,47 @@ class Verdict:
     look_at: datetime | None = None
 
 
-def see_study(study: Study | None, protocols: Collection[Protocol]) -> Sight:
+def see_study(study: Study | None, protocols: Protocols, now: datetime) -> Sight:
     """What the headers of a study (None: the PACS has nothing of it) say about how complete it is."""
     images = digest_images(study) if study else ""
     if study is None or not images:
         return Sight(reasons=("no images of it are in the PACS yet",))
-    refused = {protocol.name: match_protocol(study, protocol) for protocol in protocols}
-    fitting = [protocol for protocol in protocols if not refused[protocol.name]]
-    if not fitting:
-        return Sight(images, reasons=tuple(f"{name}: {'; '.join(why)}" for name, why in refused.items()))
-    missing: list[str] = []
-    for protocol in fitting:
-        required, reasons = _find_required(study, protocol)
-        if not required:
-            missing.extend(f"{protocol.name}: {reason}" for reason in reasons)
-            required, _ = _find_required(_suppose_b_values(study), protocol)
-        if required:
-            return Sight(images, required, True)
-    return Sight(images, applies=True, reasons=tuple(missing))
+    if refused := refused_modalities(study, protocols):
+        return Sight(images, reasons=refused)
+    decided = decide(study, None, protocols, now)
+    if decided.state == "unmatched":
+        return Sight(images, reasons=decided.reasons, decided=decided)
+    supposed, reading = study, decided
+    if decided.state == "unusable":
+        supposed = _suppose_b_values(study)
+        reading = decide(supposed, None, protocols, now)
+    if reading.state == "unusable":
+        reasons = tuple(f"{decided.protocol}: {reason}" for reason in decided.reasons)
+        return Sight(images, applies=True, reasons=reasons)
+    considered = reading.find(reading.protocol)
+    required = [role for role in considered.roles if role.required] if considered else []
+    return Sight(images, _digest(list_role_instances(supposed, required)), True)
 
 
-def _find_required(study: Study, protocol: Protocol) -> tuple[str, tuple[str, ...]]:
-    """A digest of the instances that the required roles use; empty, with the reasons, where one is not filled."""
-    roles = choose_series(study, protocol)
-    try:
-        check_roles(study, protocol, roles)
-    except Stopped as stop:
-        return "", stop.reasons
-    return _digest_roles(study, [role for role in roles if role.required]), ()
+def see_outline(study: Study | None, why_no_headers: str) -> Sight:
+    """What the search of its series alone says about a study: that it changes or not."""
+    images = digest_images(study) if study else ""
+    if not images:
+        return Sight(reasons=("no images of it are in the PACS yet",))
+    return Sight(images, applies=True, reasons=(f"its headers cannot be looked at: {why_no_headers}",))
 
 
-def may_apply(study: Study, protocols: Collection[Protocol]) -> bool:
-    """Whether the modalities alone leave a protocol that may apply; all else about a series comes with its headers."""
+def refused_modalities(study: Study, protocols: Protocols) -> tuple[str, ...]:
+    """Why the modalities alone rule out every protocol; empty where one may apply, which its headers will tell."""
     modalities = STUDY_ATTRIBUTES["modality"](study)
-    conditions = [[c for c in protocol.match if c.attribute == "modality"] for protocol in protocols]
-    return any(all(failed(c, lambda _: modalities) is None for c in of_one) for of_one in conditions)
+    reasons = []
+    for name, loaded in protocols.items():
+        conditions = [condition for condition in loaded.protocol.match if condition.attribute == "modality"]
+        refusals = [why for one in conditions if (why := failed(one, lambda _: modalities)) is not None]
+        if not refusals:
+            return ()
+        reasons.append(f"{name}: {'; '.join(refusals)}")
+    return tuple(reasons)
 
 
 def digest_images(study: Study) -> str:
@@ -147,10 +151,6 @@ def _with_b_values(study: Study, b_value: Callable[[Series, Instance], float | N
         for one in study.series
     )
     return replace(study, series=tuple(series))
-
-
-def _digest_roles(study: Study, roles: Sequence[RoleChoice]) -> str:
-    return _digest(list_role_instances(study, roles))
 
 
 def list_role_instances(study: Study, roles: Sequence[RoleChoice]) -> list[tuple[str, str]]:

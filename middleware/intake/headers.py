@@ -33,18 +33,23 @@ class Headers:
         """The study, None where the PACS has nothing of it. Where `is_wanted` says no to what the search of its series
         tells (modalities above all), that is all: a CT of thousands of slices costs one question. `anew`: ask for
         everything, since a value may have been corrected. Raises as the connector does."""
-        found = await self._pacs.search_series(study_uid, {}, include=("Modality", "NumberOfSeriesRelatedInstances"))
-        series = [one for one in found if _value(one, _SERIES_UID)]
-        if not series:
-            return None
-        outline = datasets_to_study([(_value(one, _SERIES_UID), _outline(study_uid, one)) for one in series])
-        if not is_wanted(outline):
+        series = await self._series(study_uid)
+        outline = _study_of_outlines(study_uid, series)
+        if outline is None or not is_wanted(outline):
             return outline
         pairs: list[tuple[str, Dataset]] = []
         for one in series:
             for number, header in enumerate(await self._headers(study_uid, one, anew)):
                 pairs.append((f"{_value(one, _SERIES_UID)}/{number}", header))
         return datasets_to_study(pairs) if pairs else None
+
+    async def outline(self, study_uid: str) -> Study | None:
+        """What the search of its series tells of a study, with one instance that stands for each."""
+        return _study_of_outlines(study_uid, await self._series(study_uid))
+
+    async def _series(self, study_uid: str) -> list[DicomJson]:
+        found = await self._pacs.search_series(study_uid, {}, include=("Modality", "NumberOfSeriesRelatedInstances"))
+        return [one for one in found if _value(one, _SERIES_UID)]
 
     async def _headers(self, study_uid: str, series: DicomJson, anew: bool) -> list[Dataset]:
         """The headers of one series; of one that is about images its outline, since no role looks at it."""
@@ -60,6 +65,11 @@ class Headers:
         while len(self._kept) > KEPT_SERIES:
             self._kept.popitem(last=False)
         return headers
+
+
+def _study_of_outlines(study_uid: str, series: Sequence[DicomJson]) -> Study | None:
+    pairs = [(_value(one, _SERIES_UID), _outline(study_uid, one)) for one in series]
+    return datasets_to_study(pairs) if pairs else None
 
 
 def _outline(study_uid: str, series: DicomJson) -> Dataset:

@@ -53,9 +53,9 @@ def find_heard_disagreements(study: Study, heard: HearingStore, issuers: Issuers
 
 def _against_orders(study: Study, heard: HearingStore, issuers: Issuers) -> list[str]:
     """What the orders of its Study Instance UID, or else of its accession number, say."""
-    by_uid = heard.orders_with(study_instance_uid=study.study_instance_uid)
-    by_accession = heard.orders_with(accession_number=study.accession_number) if study.accession_number else []
-    orders = by_uid or by_accession
+    known = heard.orders_of_study(study.study_instance_uid, study.accession_number)
+    by_uid = [order for order in known if order.study_instance_uid == study.study_instance_uid]
+    orders = by_uid or known
     if not orders:
         return []
     reasons = []
@@ -66,7 +66,7 @@ def _against_orders(study: Study, heard: HearingStore, issuers: Issuers) -> list
     stated = [order.accession_number for order in by_uid if order.accession_number]
     if study.accession_number and stated and study.accession_number not in stated:
         reasons.append("the accession number in the images differs from the one of the order for this study")
-    if not by_uid and all(order.study_instance_uid for order in by_accession):
+    if not by_uid and all(order.study_instance_uid for order in orders):
         reasons.append("the order of this accession number is for another Study Instance UID")
     return reasons
 

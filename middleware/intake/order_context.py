@@ -21,12 +21,16 @@ _STATUS = {
 """Our order statuses to FHIR request-status."""
 
 
+def find_own_orders(heard: HearingStore, study_instance_uid: str, accession_number: str) -> list[OrderRecord]:
+    """The orders that name the study's UID or, where none does, its accession number."""
+    known = heard.orders_of_study(study_instance_uid, accession_number)
+    return [order for order in known if order.study_instance_uid == study_instance_uid] or known
+
+
 def find_order(heard: HearingStore, study: Study) -> ContextOrder | None:
     """The only order with the study's UID or, where there is none, its accession number; None where there is none, or
     several."""
-    orders = heard.orders_with(study_instance_uid=study.study_instance_uid)
-    if not orders and study.accession_number:
-        orders = heard.orders_with(accession_number=study.accession_number)
+    orders = find_own_orders(heard, study.study_instance_uid, study.accession_number)
     same_patient = [order for order in orders if not heard.is_other_patient(order, study.patient.patient_id)]
     return _to_context(same_patient[0], study) if len(same_patient) == 1 else None
 

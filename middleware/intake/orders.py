@@ -23,7 +23,7 @@ from mappings.model.events import (
 )
 from mappings.model.ids import derive_uuid
 from mappings.model.study import PatientIdentity
-from middleware.store.heard import HeardMessage, OrderRecord, PatientRecord, ReportRecord
+from middleware.store.heard import HeardMessage, OrderRecord, PatientRecord, RefusedNumber, ReportRecord
 from middleware.store.hearing import find_patient, find_survivor, same_patient
 
 NUMBERS = ("placer_order_number", "filler_order_number", "accession_number", "study_instance_uid")
@@ -51,11 +51,19 @@ def apply_events(session: Session, message: HeardMessage, events: Events, now: d
     except Contradiction as contradiction:
         savepoint.rollback()
         message.state, message.notes = "refused", [*message.notes, str(contradiction)]
+        _remember_numbers(session, message, events)
         return
     savepoint.commit()
     unhandled = [event.reason for event in events if isinstance(event, UnhandledEvent)]
     message.state = "unhandled" if len(unhandled) == len(events) else "applied"
     message.notes = [*message.notes, *notes, *unhandled]
+
+
+def _remember_numbers(session: Session, message: HeardMessage, events: Events) -> None:
+    """Keep what a refused message is about: people who ask for the order must find it."""
+    about = [event for event in events if isinstance(event, OrderEvent | ReportEvent)]
+    named = {(name, getattr(event, name)) for event in about for name in NUMBERS if getattr(event, name)}
+    session.add_all(RefusedNumber(number=n, kind=name, position=message.position or 0) for name, n in sorted(named))
 
 
 def _apply(

@@ -2,7 +2,7 @@
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,14 +32,15 @@ ARTIFACT_KINDS = {
 
 @dataclass(frozen=True)
 class LoadedProtocol:
-    """A protocol, the sha256 of the file it came from, so that a result can name the exact text, and its rules
-    ready to be evaluated."""
+    """A protocol, the text of the file it came from with its sha256, so that a result can name exactly what was
+    applied, and its rules ready to be evaluated."""
 
     protocol: Protocol
     digest: str
     file: str
     when: tuple[tuple[RuleText, Rule], ...] = ()
     set_aside: tuple[tuple[RuleText, Rule], ...] = ()
+    text: str = ""
 
 
 def load_protocols(folder: Path | None = None) -> dict[str, LoadedProtocol]:
@@ -55,6 +56,15 @@ def load_protocols(folder: Path | None = None) -> dict[str, LoadedProtocol]:
             raise SettingsError(f"{file}: protocol {one.protocol.name} is also in {loaded[one.protocol.name].file}")
         loaded[one.protocol.name] = one
     return loaded
+
+
+def replace_protocol(in_use: Mapping[str, LoadedProtocol], tried: LoadedProtocol) -> dict[str, LoadedProtocol]:
+    """The protocols in use with `tried` in the place of the one of its name; a new one stands where its file name
+    would put it."""
+    name = tried.protocol.name
+    if name in in_use:
+        return {**in_use, name: tried}
+    return dict(sorted({**in_use, name: tried}.items(), key=lambda item: Path(item[1].file).name))
 
 
 def load_protocol(file: Path) -> LoadedProtocol:
@@ -81,7 +91,8 @@ def load_protocol(file: Path) -> LoadedProtocol:
     when, set_aside = (
         [(r, compile_rule(r.expression)) for r in rules] for rules in (protocol.when, protocol.set_aside)
     )
-    return LoadedProtocol(protocol, hashlib.sha256(text.encode()).hexdigest(), str(file), tuple(when), tuple(set_aside))
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return LoadedProtocol(protocol, digest, str(file), tuple(when), tuple(set_aside), text)
 
 
 Place = tuple[str | int, ...]

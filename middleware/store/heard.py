@@ -27,6 +27,16 @@ class HeardMessage(SQLModel, table=True):
     repeats: int = 0
 
 
+class RefusedNumber(SQLModel, table=True):
+    """A number that a refused message names, so that the messages about an order are found that changed nothing.
+    `kind` is the column of `OrderRecord` that holds such numbers."""
+
+    __tablename__ = "refused_number"
+    number: str = Field(primary_key=True)
+    kind: str = Field(primary_key=True)
+    position: int = Field(primary_key=True)
+
+
 class OrderRecord(SQLModel, table=True):
     """One imaging order as far as messages told it. Any number may be empty; `status` never goes back.
     `handed_at` is when its study was last found in the PACS and heard of, `look_after` when to look for it again."""

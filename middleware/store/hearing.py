@@ -3,17 +3,17 @@ share one fsync; applying is one transaction a message, so that it happens once.
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Literal
 
-from sqlalchemy import Engine, func, or_
+from sqlalchemy import Engine, and_, func, or_
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import Session, SQLModel, col, select
 
-from middleware.store.heard import HeardMessage, OrderRecord, PatientRecord
+from middleware.store.heard import HeardMessage, OrderRecord, PatientRecord, RefusedNumber
 from middleware.store.queries import changing
 
 UNWANTED = ("cancelled", "discontinued")
@@ -121,14 +121,21 @@ class HearingStore:
             query = select(HeardMessage.state, func.count()).group_by(HeardMessage.state)
             return dict(session.exec(query.order_by(HeardMessage.state)).all())
 
-    def orders_with(self, *, study_instance_uid: str = "", accession_number: str = "") -> list[OrderRecord]:
-        """All orders with this study UID or, where none is given, this accession number; the oldest first."""
-        column, value = OrderRecord.study_instance_uid, study_instance_uid
-        if not value:
-            column, value = OrderRecord.accession_number, accession_number
+    def orders_of_study(self, study_instance_uid: str, accession_number: str = "") -> list[OrderRecord]:
+        """Every order that names this study or accession number, the latest change first."""
+        named = col(OrderRecord.study_instance_uid) == study_instance_uid
+        if accession_number:
+            named = or_(named, col(OrderRecord.accession_number) == accession_number)
         with Session(self._engine, expire_on_commit=False) as session:
-            query = select(OrderRecord).where(column == value).order_by(col(OrderRecord.updated_at))
-            return list(session.exec(query)) if value else []
+            return list(session.exec(select(OrderRecord).where(named).order_by(col(OrderRecord.updated_at).desc())))
+
+    def refused_about(self, numbers: Collection[tuple[str, str]]) -> list[HeardMessage]:
+        """Messages that were refused and name one of these numbers (kind and number), in the order they came."""
+        named = [and_(col(RefusedNumber.kind) == k, col(RefusedNumber.number) == n) for k, n in numbers if n]
+        with Session(self._engine, expire_on_commit=False) as session:
+            positions = select(RefusedNumber.position).where(or_(*named)) if named else ()
+            query = select(HeardMessage).where(col(HeardMessage.position).in_(positions))
+            return list(session.exec(query.order_by(col(HeardMessage.position))))
 
     def orders_to_look_for(self, now: datetime, since: datetime, limit: int = 50) -> list[OrderRecord]:
         """Orders whose study is to be looked for in the PACS by now: wanted by somebody, not on hold, with a number to

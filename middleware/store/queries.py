@@ -140,6 +140,13 @@ class Store:
             query = select(StudyJob).where(col(StudyJob.state).in_(states))
             return list(session.exec(query.order_by(col(StudyJob.created_at))))
 
+    def jobs_heard_since(self, since: datetime) -> list[StudyJob]:
+        """All jobs that an event named since then, oldest first."""
+        with self._session() as session:
+            heard = select(StudyEvent.job_id).where(col(StudyEvent.received_at) >= since)
+            query = select(StudyJob).where(col(StudyJob.job_id).in_(heard))
+            return list(session.exec(query.order_by(col(StudyJob.created_at))))
+
     def events_of_job(self, job_id: str) -> list[StudyEvent]:
         """The events that led to a job, oldest first."""
         with self._session() as session:
@@ -187,6 +194,12 @@ class Store:
             session.add(job)
             session.add(decision)
             return job
+
+    def decisions(self, job_id: str) -> list[Decision]:
+        """What people decided about a job, oldest first."""
+        with self._session() as session:
+            query = select(Decision).where(Decision.job_id == job_id)
+            return list(session.exec(query.order_by(col(Decision.decided_at))))
 
     # Artifacts
 

@@ -13,7 +13,7 @@ from deploy.hospital.ehr import start_fallback
 from deploy.hospital.pacs import RunningOrthanc
 from deploy.hospital.process import free_port
 from deploy.hospital.ris_process import start_ris
-from tests.commands import environment, zygote
+from tests.commands import environment, run_wetread, zygote
 from tests.crash.line import Line, settings_for
 from tests.crash.small_study import SmallStudy
 from tests.serving import Service
@@ -69,6 +69,18 @@ def test_a_study_is_read_and_delivered(line: Line) -> None:
     assert answer.status_code == 202
     assert line.faults(fresh) == []
     assert sorted(p.name for p in line.service.data_dir.glob("*.sqlite")) == []
+
+
+def test_what_is_kept_is_explained_and_replayed_beside_the_service(line: Line, tmp_path: Path) -> None:
+    fresh = line.bring("explained")
+    line.service.announce(fresh.study_uid)
+    assert line.faults(fresh) == []
+    config = str(line.service.folder / "wetread.yaml")
+    told = run_wetread(tmp_path, "explain", fresh.study_uid, WETREAD_CONFIG=config)
+    assert (told.code, "version 1 reads it" in told.out, "delivered" in told.out) == (0, True, True), told.said
+    replayed = run_wetread(tmp_path, "protocols", "dry-run", "--past", "1", "--all", WETREAD_CONFIG=config)
+    assert (replayed.code, fresh.study_uid in replayed.out) == (0, True), replayed.said
+    assert "0 would differ, 0 cannot be decided" in replayed.out
 
 
 @pytest.mark.parametrize("point", ["accept.after", "render.exit", "plan.after", "ehr-transaction.after"])

@@ -434,3 +434,22 @@ def test_a_result_of_our_own_that_comes_back_is_no_report() -> None:
     assert inbox.reports == []
     assert inbox.hear(theirs).state == "applied"
     assert len(inbox.reports) == 1
+
+
+# Refused messages
+
+
+def test_a_refused_message_is_found_by_each_number_it_names_and_by_no_other() -> None:
+    inbox = Inbox()
+    hear_all(inbox, ("NW", WHOLE))
+    refused(inbox, write_order("other", "XO", ("P1", "F2", "", "")))
+    refused(inbox, write_order("again", "XO", ("", "", "A1", "1.2.840.99.2")))
+    for number, found in {"P1": ["other"], "F2": ["other"], "A1": ["again"], "F1": [], "": []}.items():
+        messages = inbox.store.refused_about({(name, number) for name in NUMBERS})
+        assert [m.control_id for m in messages] == found
+    assert inbox.store.refused_about({("accession_number", "P1")}) == [], "a number of another kind is another number"
+    every = inbox.store.refused_about({(name, getattr(inbox.order, name)) for name in NUMBERS})
+    assert [(m.control_id, m.state) for m in every] == [("other", "refused"), ("again", "refused")]
+    assert [o.order_id for o in inbox.store.orders_of_study(UID)] == [inbox.order.order_id]
+    assert inbox.store.orders_of_study("1.2.3", "A1") == inbox.store.orders_of_study(UID)
+    assert inbox.store.orders_of_study("1.2.3") == []

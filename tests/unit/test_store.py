@@ -11,11 +11,12 @@ from typing import TypeVar
 import pytest
 from sqlalchemy import text
 from sqlalchemy.exc import StatementError
+from sqlmodel import Session
 
 from middleware.intake.inbox import ENDED, accept_study, run_started_at, workflow_id
 from middleware.store.artifacts import ArtifactStore
 from middleware.store.queries import Store, open_engine
-from middleware.store.tables import ArtifactRecord, Delivery, StepRun, StudyEvent
+from middleware.store.tables import ArtifactRecord, Decision, Delivery, StepRun, StudyEvent
 
 NOW = datetime(2026, 3, 4, 10, 30, tzinfo=UTC)
 LATER = NOW + timedelta(minutes=5)
@@ -344,3 +345,24 @@ def test_damaged_or_missing_artifact_is_never_returned(tmp_path: Path) -> None:
 def test_artifacts_work_on_another_file_system() -> None:
     artifacts = ArtifactStore("memory://wetread-test-artifacts")
     assert artifacts.get(artifacts.put(b"x" * 1000).digest) == b"x" * 1000
+
+
+def test_jobs_heard_since_are_those_that_an_event_named_since(store: Store) -> None:
+    first, _ = accept(store, "k1", NOW, "1.2.1")
+    second, _ = accept(store, "k2", LATER, "1.2.2")
+    assert [j.job_id for j in store.jobs_heard_since(NOW)] == [first, second]
+    assert [j.job_id for j in store.jobs_heard_since(LATER)] == [second]
+    accept(store, "k3", LATER, "1.2.1")
+    assert [j.job_id for j in store.jobs_heard_since(LATER)] == [first, second]
+    assert store.jobs_heard_since(LATER + timedelta(seconds=1)) == []
+
+
+def test_decisions_of_a_job_come_oldest_first(tmp_path: Path) -> None:
+    engine = open_engine(f"sqlite:///{tmp_path}/wetread.sqlite")
+    store = Store(engine)
+    with Session(engine) as session:
+        for number, (job, at) in enumerate([("j", LATER), ("j", NOW), ("other", NOW)]):
+            made = {"decision_id": str(number), "job_id": job, "person": "p", "action": "release", "decided_at": at}
+            session.add(Decision(**made))
+        session.commit()
+    assert [d.decision_id for d in store.decisions("j")] == ["1", "0"]
