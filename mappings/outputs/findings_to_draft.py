@@ -14,7 +14,8 @@ from typing import Any
 import jinja2
 from jinja2.sandbox import SandboxedEnvironment
 
-from mappings.model.findings import Finding, Findings, Measurement
+from mappings.model.findings import Finding, Findings
+from mappings.model.measurement import Measurement
 from mappings.outputs.impression import (
     describe_lesion,
     describe_place,

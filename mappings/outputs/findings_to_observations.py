@@ -5,8 +5,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mappings.model.codes import PSA_DENSITY, Code
-from mappings.model.findings import Assessment, Finding, Findings, Measurement
+from mappings.model.findings import Assessment, Finding, Findings
 from mappings.model.ids import derive_uid, derive_uuid
+from mappings.model.measurement import Measurement
 from mappings.outputs.fhir_elements import (
     Json,
     to_concept,

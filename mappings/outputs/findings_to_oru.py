@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from datetime import timedelta, timezone
 
 from mappings.model.codes import Code
-from mappings.model.findings import Assessment, AssessmentInput, Finding, Findings, Measurement, Status
+from mappings.model.findings import Assessment, AssessmentInput, Finding, Findings, Status
 from mappings.model.ids import derive_control_id
+from mappings.model.measurement import Measurement
 from mappings.model.study import PatientIdentity
 from mappings.outputs.er7 import (
     LINE_BREAK,

@@ -29,8 +29,9 @@ from pydicom.uid import Comprehensive3DSRStorage, ExplicitVRLittleEndian
 from mappings.model import codes
 from mappings.model.codes import SYSTEM_URLS, Code
 from mappings.model.context import ContextValue
-from mappings.model.findings import Assessment, AssessmentInput, Finding, Findings, Measurement
+from mappings.model.findings import Assessment, AssessmentInput, Finding, Findings
 from mappings.model.ids import derive_uid
+from mappings.model.measurement import Measurement
 from mappings.outputs.dicom_header import (
     MANUFACTURER,
     NOT_VERIFIED,

@@ -1,6 +1,7 @@
 """What the impression says, in words shared by every rendering that carries it."""
 
-from mappings.model.findings import Assessment, Finding, Findings, Measurement
+from mappings.model.findings import Assessment, Finding, Findings
+from mappings.model.measurement import Measurement
 
 LESION_SIZE_KEYS = ("diameter_3d", "diameter_in_plane")
 """The measurements that tell two lesions of one category apart, the first that is there."""

@@ -1,8 +1,9 @@
 """What a FHIR Bundle must say of the findings, as the facts that `read_bundle` reads."""
 
 from mappings.model.codes import PSA_DENSITY, SYSTEM_URLS, Code
-from mappings.model.findings import Assessment, Finding, Findings, Measurement
+from mappings.model.findings import Assessment, Finding, Findings
 from mappings.model.ids import derive_uid, derive_uuid
+from mappings.model.measurement import Measurement
 from mappings.outputs.read_facts import Facts, moment, number, place_words, prose, withheld
 
 REPORT = "DiagnosticReport"

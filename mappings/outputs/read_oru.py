@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from mappings.model.codes import Code
-from mappings.model.findings import Assessment, Finding, Findings, Measurement
+from mappings.model.findings import Assessment, Finding, Findings
 from mappings.model.ids import derive_control_id
+from mappings.model.measurement import Measurement
 from mappings.outputs.read_facts import Facts, Value, code_name, compare, exact, moment, prose, withheld
 
 ORU = "oru.hl7"
