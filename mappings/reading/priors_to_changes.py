@@ -326,6 +326,7 @@ def measure_change(current: Measurement, prior: Measurement, interval_days: int)
     rate_unit = PER_YEAR.get(current.unit.value)
 
     def derive(suffix: str, label: str, value: float, unit: Code, decimals: int, how: Code) -> Measurement:
+        # + 0.0: a change of -0.04 % is shown as 0.0, not as -0.0.
         text = f"{current.label}, {label}"
         return Measurement(
             f"{current.key}_{suffix}",
@@ -335,7 +336,7 @@ def measure_change(current: Measurement, prior: Measurement, interval_days: int)
             unit,
             decimals,
             derivation=how,
-        )  # + 0.0: a change of -0.04 % is shown as 0.0, not -0.0
+        )
 
     ratio = now / before if before > 0 and now > 0 else None
     digits = current.decimals

@@ -41,4 +41,4 @@ def _try(current: Findings, prior: Findings) -> tuple[Comparison | None, str]:
     try:
         return compare(current, prior), COMPARED
     except PriorRefused as refused:
-        return None, f"not compared: {refused}"
+        return None, str(refused)
