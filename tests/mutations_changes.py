@@ -16,6 +16,7 @@ from mappings.model.ids import derive_uid
 from tests.comparisons import PRIOR_UID, build_compared
 from tests.mutations_dicom import (
     SR,
+    content_items,
     edit_dicom,
     edit_sr,
     measurement_groups,
@@ -146,6 +147,11 @@ def drop_item(where: str, concept: str) -> Change:
     return edit_dicom(SR, edit)
 
 
+def edit_last_comment(old: str, new: str) -> Change:
+    """Other words in the last comment of the study's group."""
+    return edit_dicom(SR, lambda dataset: edit_words(old, new)(content_items(dataset, "study", "121106")[-1]))
+
+
 def text_of(key: str, value: str) -> Callable[[dict[str, Any]], None]:
     return component(key, lambda part: part.update(valueString=value))
 
@@ -186,7 +192,7 @@ OTHERS: dict[str, Mutation] = {
     "sr: day of the prior's value": (
         SR,
         edit_sr("lesion-1", "volume_prior", lambda i: setattr(i, "ObservationDateTime", "20260304")),
-        "lesion-1: Volume, prior: .*taken 20250304.*taken 20260304",
+        "lesion-1: Volume, prior .*taken 20250304.*taken 20260304",
     ),
     "sr: distance": (SR, edit_sr("lesion-1", "prior_distance", set_number("9.3")), "lesion-1: Distance"),
     "sr: prior study": (
@@ -309,6 +315,39 @@ OTHERS: dict[str, Mutation] = {
     "html: section dropped": (HTML, drop_section, "comparison: section: expected 'yes', found 'no'"),
 }
 
+
+UNSURE: dict[str, Mutation] = {
+    "sr: candidate": (SR, edit_sr("lesion-1", "prior_candidate", edit_uid("2.25.7")), "lesion-1: Tracking UID of a"),
+    "sr: candidate's title": (SR, edit_sr("lesion-1", "121069", edit_words("Lesion 1", "Lesion 3")), "Previous"),
+    "sr: note on the whole": (SR, edit_last_comment("protocol other", "protocol mine"), "study: Comment"),
+    "oru: candidate": (ORU, swap(ORU, "|2.25.", "|2.26.", -1), "lesion-1: prior_candidate"),
+    "oru: note on the whole": (ORU, swap(ORU, "read by protocol other", "read by protocol mine"), "study: change_note"),
+    "oru: note on a lesion": (ORU, swap(ORU, "|By its place", "|By its face"), "lesion-1: change_note"),
+    "oru: impression": (ORU, swap(ORU, "could not be matched", "could be matched", -1), "comparison: "),
+    "fhir: candidate": (
+        FHIR,
+        edit_fhir("Observation", text_of("prior_candidate", "urn:oid:2.25.7"), "Lesion 1"),
+        "lesion-1: prior_candidate",
+    ),
+    "fhir: note on the whole": (FHIR, swap(FHIR, "read by protocol other", "read by protocol mine"), "gland: note"),
+    "fhir: note on a lesion": (FHIR, swap(FHIR, "By its place", "By its face"), "lesion-1: note"),
+    "text: candidates": (TEXT, swap(TEXT, "decided: Lesion 1 or Lesion 2", "decided: Lesion 1"), "lesion-1: change"),
+    "text: note on the whole": (TEXT, swap(TEXT, "protocol other", "protocol mine"), "comparison: said"),
+    "text: note on a lesion": (TEXT, swap(TEXT, "match by eye", "match by ear"), "lesion-1: said"),
+    "html: candidates": (HTML, swap(HTML, "decided: Lesion 1 or Lesion 2", "decided: Lesion 1"), "lesion-1: said"),
+    "html: note on the whole": (HTML, swap(HTML, "protocol other", "protocol mine"), "comparison: said"),
+    "html: note on a lesion": (HTML, swap(HTML, "match by eye", "match by ear"), "lesion-1: said"),
+}
+"""The same for `build_ambiguous`."""
+
+NONE_FOUND: dict[str, Mutation] = {
+    "sr": (SR, edit_last_comment("No prior", "A prior"), "study: Comment"),
+    "fhir": (FHIR, swap(FHIR, "No prior study was found", "A prior study was found"), "gland: note"),
+    "text": (TEXT, swap(TEXT, "No prior study was found", "A prior study was found"), "comparison: said"),
+    "text: section dropped": (TEXT, swap(TEXT, "\nCOMPARISON", "\nTHE COMPARISON"), "comparison: section"),
+    "html": (HTML, swap(HTML, "No prior study was found", "A prior study was found"), "comparison: said"),
+}
+"""The same for `build_not_found`."""
 
 CHANGE_MUTATIONS: dict[str, Mutation] = {**dict(break_numbers(build_compared())), **OTHERS}
 """Artifact that is changed, how, and what a message of the checker must say (a regular expression)."""

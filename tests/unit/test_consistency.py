@@ -18,9 +18,9 @@ from mappings.outputs.consistency import check_consistency, expected_names
 from mappings.outputs.dicom_header import write_dicom
 from mappings.outputs.findings_to_seg import findings_to_seg
 from tests.builders import build_context, build_findings, build_gland, build_lesion, build_masks
-from tests.comparisons import COMPARED, build_compared
+from tests.comparisons import COMPARED, build_ambiguous, build_compared, build_not_found
 from tests.dicom_sources import build_sources
-from tests.mutations_changes import CHANGE_MUTATIONS
+from tests.mutations_changes import CHANGE_MUTATIONS, NONE_FOUND, UNSURE
 from tests.mutations_dicom import DICOM_MUTATIONS, KEY, SEG, SR, edit_dicom, shift_planes
 from tests.mutations_text import FHIR, HTML, ORU, TEXT, TEXT_MUTATIONS
 from tests.renderings import place_findings, read_random_result, render_contents, render_result
@@ -205,15 +205,39 @@ def compared() -> Contents:
     return render_contents(build_compared())
 
 
-@pytest.mark.parametrize("name", CHANGE_MUTATIONS)
-def test_each_wrong_value_of_the_comparison_is_noticed(name: str, compared: Contents) -> None:
-    artifact, mutate, what = CHANGE_MUTATIONS[name]
-    contents = dict(compared)
+@pytest.fixture(scope="module")
+def unsure() -> Contents:
+    return render_contents(build_ambiguous())
+
+
+@pytest.fixture(scope="module")
+def none_found() -> Contents:
+    return render_contents(build_not_found())
+
+
+def assert_noticed(findings: Findings, rendered: Contents, mutation: tuple[str, Any, str]) -> None:
+    artifact, mutate, what = mutation
+    contents = dict(rendered)
     mutate(contents)
-    assert contents[artifact] != compared[artifact]
-    messages = check_consistency(build_compared(), contents, build_masks())
+    assert contents[artifact] != rendered[artifact]
+    messages = check_consistency(findings, contents, build_masks())
     own = [message for message in messages if message.startswith(f"{artifact}: ")]
     assert any(re.search(what, message.removeprefix(f"{artifact}: ")) for message in own), messages
+
+
+@pytest.mark.parametrize("name", CHANGE_MUTATIONS)
+def test_each_wrong_value_of_the_comparison_is_noticed(name: str, compared: Contents) -> None:
+    assert_noticed(build_compared(), compared, CHANGE_MUTATIONS[name])
+
+
+@pytest.mark.parametrize("name", UNSURE)
+def test_each_wrong_word_about_a_lesion_that_cannot_be_matched_is_noticed(name: str, unsure: Contents) -> None:
+    assert_noticed(build_ambiguous(), unsure, UNSURE[name])
+
+
+@pytest.mark.parametrize("name", NONE_FOUND)
+def test_that_no_prior_was_found_must_be_said(name: str, none_found: Contents) -> None:
+    assert_noticed(build_not_found(), none_found, NONE_FOUND[name])
 
 
 @pytest.mark.parametrize("without", ["comparison", "a row", "priors"])
