@@ -8,7 +8,6 @@ Tracking Unique Identifier (DCM 112040) in a group would be taken for the lesion
 from collections.abc import Iterator
 
 from highdicom.sr import (
-    CodedConcept,
     ContentItem,
     QualitativeEvaluation,
     RelationshipTypeValues,
@@ -16,6 +15,7 @@ from highdicom.sr import (
     UIDRefContentItem,
 )
 
+from mappings.model import codes
 from mappings.model.changes import STATUS_CODES
 from mappings.model.codes import Code
 from mappings.model.findings import Finding, Findings
@@ -27,10 +27,6 @@ from mappings.outputs.comparison_values import (
     lesion_references,
 )
 from mappings.outputs.dicom_header import concept
-
-COMPARISON = CodedConcept("111424", "DCM", "Comparison to previous studies")
-PREVIOUS_FINDING = CodedConcept("121069", "DCM", "Previous Finding")
-COMMENT = CodedConcept("121106", "DCM", "Comment")
 
 
 def status_evaluations(findings: Findings, finding: Finding) -> list[QualitativeEvaluation]:
@@ -48,9 +44,9 @@ def lesion_items(findings: Findings, finding: Finding) -> Iterator[ContentItem]:
         yield _uid(name, uid)
     for prior in (row.prior, *row.candidates):
         if prior is not None:
-            yield _text(PREVIOUS_FINDING, f"{prior.title} of {prior.study_date}")
+            yield _text(codes.PREVIOUS_FINDING, f"{prior.title} of {prior.study_date}")
     for note in row.notes:
-        yield _text(COMMENT, note)
+        yield _text(codes.COMMENT, note)
 
 
 def study_items(findings: Findings) -> Iterator[ContentItem]:
@@ -58,14 +54,14 @@ def study_items(findings: Findings) -> Iterator[ContentItem]:
     comparison = findings.comparison
     if comparison is None:
         return
-    yield _text(COMPARISON, describe_comparison(comparison))
+    yield _text(codes.COMPARISON, describe_comparison(comparison))
     yield _uid(PRIOR_STUDY, comparison.prior_study_instance_uid)
     for lesion, sentence in zip(comparison.gone, describe_gone(comparison), strict=True):
-        yield _text(PREVIOUS_FINDING, f"{sentence} Its tracking UID: {lesion.tracking_uid}")
+        yield _text(codes.PREVIOUS_FINDING, f"{sentence} Its tracking UID: {lesion.tracking_uid}")
 
 
-def _text(name: CodedConcept, value: str) -> ContentItem:
-    return TextContentItem(name=name, value=value, relationship_type=RelationshipTypeValues.CONTAINS)
+def _text(name: Code, value: str) -> ContentItem:
+    return TextContentItem(name=concept(name), value=value, relationship_type=RelationshipTypeValues.CONTAINS)
 
 
 def _uid(name: Code, value: str) -> ContentItem:

@@ -33,7 +33,7 @@ from mappings.model.context import ContextValue
 from mappings.model.findings import Assessment, AssessmentInput, Finding, Findings
 from mappings.model.ids import derive_uid
 from mappings.model.measurement import Measurement
-from mappings.outputs.comparison_to_sr import COMMENT, lesion_items, status_evaluations, study_items
+from mappings.outputs.comparison_to_sr import lesion_items, status_evaluations, study_items
 from mappings.outputs.comparison_values import comparison_comments, finding_numbers, interval
 from mappings.outputs.dicom_header import (
     MANUFACTURER,
@@ -278,9 +278,9 @@ def _texts(assessments: Sequence[Assessment], comments: Sequence[str]) -> Iterat
         for given in assessment.inputs:
             if given.concept is not None and given.code is None:
                 yield _input_text(given.concept, given)
-        yield _text(COMMENT, f"{assessment.explanation} (rule {assessment.rule})")
+        yield _text(concept(codes.COMMENT), f"{assessment.explanation} (rule {assessment.rule})")
     for comment in comments:
-        yield _text(COMMENT, comment)
+        yield _text(concept(codes.COMMENT), comment)
 
 
 def _input_text(name: Code, given: AssessmentInput) -> TextContentItem:
