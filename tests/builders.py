@@ -19,15 +19,14 @@ from mappings.model.findings import (
     Assessment,
     AssessmentInput,
     Blank,
-    Evidence,
     Finding,
     Findings,
-    Measurement,
     ModelIdentity,
     RoleChoice,
     Segment,
 )
 from mappings.model.ids import derive_uid
+from mappings.model.measurement import Evidence, Measurement
 from mappings.model.study import PatientIdentity
 
 NOW = datetime(2026, 3, 4, 10, 30, tzinfo=UTC)

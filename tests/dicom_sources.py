@@ -14,8 +14,9 @@ import SimpleITK as sitk
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, MRImageStorage
 
-from mappings.model.findings import Evidence, Findings
+from mappings.model.findings import Findings
 from mappings.model.ids import derive_uid
+from mappings.model.measurement import Evidence
 from mappings.model.study import Geometry, Volume
 from tests.builders import FRAME_UID, STUDY_UID, T2W_UID, build_findings, build_gland, build_lesion
 

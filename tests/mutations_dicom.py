@@ -36,14 +36,20 @@ def set_value(name: str, keyword: str, value: object) -> Change:
     return edit_dicom(name, lambda dataset: setattr(dataset, keyword, value))
 
 
+def name_of_item(item: Dataset) -> str:
+    """The code value of an item's concept name, long or short."""
+    name = item.ConceptNameCodeSequence[0]
+    return str(name.get("CodeValue") or name.LongCodeValue)
+
+
 def content_items(dataset: Dataset, tracking_id: str, concept: str, below: str = "") -> list[Dataset]:
     """Items of the group with this tracking id whose name has this code value; `below`, their children's."""
     measurements = next(i for i in dataset.ContentSequence if i.ConceptNameCodeSequence[0].CodeValue == "126010")
     for group in measurements.ContentSequence:
         if any(i.get("TextValue") == tracking_id for i in group.ContentSequence):
-            found = [i for i in group.ContentSequence if i.ConceptNameCodeSequence[0].CodeValue == concept]
+            found = [i for i in group.ContentSequence if name_of_item(i) == concept]
             children = [c for i in found for c in i.get("ContentSequence", [])]
-            return [c for c in children if c.ConceptNameCodeSequence[0].CodeValue == below] if below else found
+            return [c for c in children if name_of_item(c) == below] if below else found
     raise AssertionError(f"no group {tracking_id}")
 
 

@@ -10,7 +10,8 @@ import numpy as np
 import numpy.typing as npt
 
 from mappings.inputs.dicom_to_study import datasets_to_study
-from mappings.model.findings import Evidence, Finding, Findings, ModelIdentity, RoleChoice
+from mappings.model.findings import Finding, Findings, ModelIdentity, RoleChoice
+from mappings.model.measurement import Evidence
 from mappings.model.protocol import Protocol
 from mappings.model.study import Volume
 from mappings.outputs.findings_to_draft import draft_environment

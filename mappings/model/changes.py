@@ -8,7 +8,7 @@ from datetime import date
 from typing import Literal
 
 from mappings.model.codes import Code
-from mappings.model.findings import Evidence, Measurement
+from mappings.model.measurement import Evidence, Measurement
 from mappings.model.study import Vector
 
 ChangeStatus = Literal["matched", "new", "gone", "ambiguous"]
@@ -27,6 +27,14 @@ DIFFERENCE = Code("difference-from-prior", "99WETREAD", "Difference from the pri
 PERCENT_CHANGE = Code("percent-change-from-prior", "99WETREAD", "Percent change from the prior study")
 YEARLY_RATE = Code("yearly-rate", "99WETREAD", "Rate of change per year")
 DOUBLING_TIME = Code("volume-doubling-time", "99WETREAD", "Volume doubling time")
+PRIOR_VALUE = Code("value-at-prior", "99WETREAD", "Value at the prior study")
+
+STATUS_CODES: dict[ChangeStatus, Code] = {
+    "matched": Code("matched", "99WETREAD", "Matched with a lesion of the prior study"),
+    "new": Code("new", "99WETREAD", "Not in the prior study"),
+    "gone": Code("gone", "99WETREAD", "In the prior study only"),
+    "ambiguous": Code("ambiguous", "99WETREAD", "More than one match with the prior study"),
+}
 
 
 class PriorRefused(ValueError):
@@ -114,7 +122,32 @@ class Comparison:
     prior_study_date: date
     prior_job_id: str
     prior_revision: int
+    prior_protocol_name: str
     interval_days: int
     gland: tuple[Change, ...]
     lesions: tuple[LesionChange, ...]
     notes: tuple[str, ...] = ()
+
+    def lesion(self, tracking_id: str) -> LesionChange | None:
+        """What became of the current lesion with this tracking id, or None."""
+        return next((row for row in self.lesions if row.current and row.current.tracking_id == tracking_id), None)
+
+    @property
+    def gone(self) -> tuple[LesionRef, ...]:
+        """The lesions of the prior that the current study has no counterpart of."""
+        return tuple(row.prior for row in self.lesions if row.status == "gone" and row.prior)
+
+
+FoundIn = Literal["pacs", "own readings", "ehr"]
+
+
+@dataclass(frozen=True)
+class PriorStudy:
+    """One prior study that was found: where, and in `outcome` what became of it ("compared", or why it was not)."""
+
+    study_instance_uid: str
+    study_date: date | None
+    description: str
+    accession_number: str
+    found_in: FoundIn
+    outcome: str = ""

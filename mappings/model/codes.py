@@ -64,6 +64,11 @@ PSA = Code("2857-1", "LN", "Prostate specific Ag [Mass/volume] in Serum or Plasm
 PSA_DENSITY = Code("15325-4", "LN", "Prostate specific Antigen Density")
 CONFIDENCE = Code("111012", "DCM", "Certainty of Finding")
 
+# Words of a report (PS3.16 Annex D)
+COMMENT = Code("121106", "DCM", "Comment")
+PREVIOUS_FINDING = Code("121069", "DCM", "Previous Finding")
+COMPARISON = Code("111424", "DCM", "Comparison to previous studies")
+
 # How a quantity was made
 MEAN = Code("373098007", "SCT", "Mean")
 TENTH_PERCENTILE = Code("371890005", "SCT", "10th Percentile Value of population")

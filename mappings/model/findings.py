@@ -1,38 +1,20 @@
 """The one findings model: every rendering (SR, SEG, ORU, FHIR, draft, key image) is a function of it.
 
-A value is rounded once, here: `Measurement.text` is the string that every rendering shows.
+What was measured is in `measurement.py`, what changed since a prior study in `changes.py`.
 """
 
 from dataclasses import dataclass, field
 from datetime import date, datetime
 from typing import Literal
 
+from mappings.model.changes import Comparison, PriorStudy
 from mappings.model.codes import Code
 from mappings.model.context import ClinicalContext, ContextValue
+from mappings.model.measurement import Evidence, Measurement
 from mappings.model.study import PatientIdentity, Vector
 
 Status = Literal["preliminary", "final", "amended", "corrected", "entered-in-error"]
 Level = Literal["base", "mid", "apex"]
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """One number: `key` names it inside its finding (`volume`, `adc_mean`), `concept` codes the quantity,
-    `unit` is UCUM, `method` how it was made, `decimals` the digits that are shown and sent."""
-
-    key: str
-    label: str
-    concept: Code
-    value: float
-    unit: Code
-    decimals: int
-    method: Code | None = None
-    derivation: Code | None = None
-
-    @property
-    def text(self) -> str:
-        """The number as every rendering writes it."""
-        return f"{self.value:.{self.decimals}f}"
 
 
 @dataclass(frozen=True)
@@ -58,17 +40,6 @@ class Assessment:
     rule: str
     inputs: tuple[AssessmentInput, ...]
     explanation: str
-
-
-@dataclass(frozen=True)
-class Evidence:
-    """Where to look: a slice of a source series that shows the finding. `frame_index` counts from 0 on the
-    reference (T2) grid, ascending along the slice normal."""
-
-    role: str
-    series_instance_uid: str
-    sop_instance_uid: str
-    frame_index: int
 
 
 @dataclass(frozen=True)
@@ -152,7 +123,8 @@ class Findings:
 
     `created_at` is aware. `psa` is the value used for the PSA density, None where none may be used.
     `assessments` hold for the whole study (the overall category). `procedure` codes what was done, as the
-    protocol names it.
+    protocol names it. `comparison` is with one of `priors`; `priors_searched` tells "no prior study was found"
+    from "nobody looked".
     """
 
     job_id: str
@@ -181,6 +153,9 @@ class Findings:
     reference_frame_uid: str = ""
     procedure: Code | None = None
     warnings: tuple[str, ...] = field(default=())
+    comparison: Comparison | None = None
+    priors: tuple[PriorStudy, ...] = ()
+    priors_searched: bool = False
 
     @property
     def gland(self) -> Finding | None:

@@ -4,7 +4,7 @@ from typing import Any
 from urllib.parse import quote
 
 from mappings.model.codes import Code
-from mappings.model.findings import Measurement
+from mappings.model.measurement import Measurement
 
 Json = dict[str, Any]
 

@@ -19,6 +19,7 @@ from mappings.model.codes import SYSTEM_URLS, Code
 from mappings.model.context import ContextOrder
 from mappings.model.findings import Findings
 from mappings.model.ids import derive_uuid
+from mappings.outputs.comparison_to_observations import prior_report
 from mappings.outputs.fhir_elements import (
     MODEL,
     PROVENANCE,
@@ -185,7 +186,7 @@ def _provenance_entry(findings: Findings, links: Links, targets: list[Json]) -> 
     made = (findings.study_instance_uid, findings.job_id, str(findings.revision))
     tag = {"system": PROVENANCE, "value": str(derive_uuid("provenance", findings.protocol_name, *made))}
     order = links.order if findings.context.order else None
-    sources = [reference for reference in (links.study, order, links.psa) if reference]
+    sources = [reference for reference in (links.study, order, links.psa, prior_report(findings)) if reference]
     operation = "CREATE" if findings.revision == 1 else "UPDATE"
     provenance = {
         "resourceType": "Provenance",

@@ -1,8 +1,8 @@
 """The findings as a report draft, text and HTML, through Jinja templates that a site can edit.
 
 A template sees: `findings` (mappings.model.findings, every string made printable), `lesions` (highest category
-first), `density_volume` (the gland volume under the PSA density, or None), `banner`, `impression`, and the
-filters and functions of `draft_environment`.
+first), `density_volume` (the gland volume under the PSA density, or None), `banner`, `impression`, `since` (what
+changed and matters, line by line), and the filters and functions of `draft_environment`.
 """
 
 import dataclasses
@@ -14,7 +14,16 @@ from typing import Any
 import jinja2
 from jinja2.sandbox import SandboxedEnvironment
 
-from mappings.model.findings import Finding, Findings, Measurement
+from mappings.model.findings import Finding, Findings
+from mappings.model.measurement import Measurement
+from mappings.outputs.comparison_values import (
+    comparison_impression,
+    describe_gone,
+    describe_match,
+    has_comparison,
+    other_priors,
+    signed,
+)
 from mappings.outputs.impression import (
     describe_lesion,
     describe_place,
@@ -126,6 +135,11 @@ def draft_environment(loader: jinja2.BaseLoader) -> SandboxedEnvironment:
         "describe": describe_lesion,
         "category": lesion_category,
         "size": lesion_size,
+        "signed": signed,
+        "match": describe_match,
+        "gone": describe_gone,
+        "other_priors": other_priors,
+        "has_comparison": has_comparison,
     }
     environment.globals |= {"row": format_row, "heading": format_heading}
     return environment
@@ -158,6 +172,7 @@ def findings_to_draft(findings: Findings, environment: jinja2.Environment, templ
         "density_volume": _density_volume(shown.gland),
         "banner": status_banner(shown),
         "impression": findings_to_impression(shown),
+        "since": comparison_impression(shown, lesions_by_category(shown)),
     }
     text = _render(environment, template, "txt", names)
     return Draft(text.strip("\n") + "\n", _render(environment, template, "html", names))

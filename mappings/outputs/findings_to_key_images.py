@@ -12,8 +12,9 @@ from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.uid import ExplicitVRLittleEndian, SecondaryCaptureImageStorage
 
 from mappings.model.codes import PROSTATE, Code
-from mappings.model.findings import Finding, Findings, Measurement
+from mappings.model.findings import Finding, Findings
 from mappings.model.ids import derive_uid
+from mappings.model.measurement import Measurement
 from mappings.model.study import Volume
 from mappings.outputs.dicom_display import (
     GLAND_RGB,

@@ -5,8 +5,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mappings.model.codes import PSA_DENSITY, Code
-from mappings.model.findings import Assessment, Finding, Findings, Measurement
+from mappings.model.findings import Assessment, Finding, Findings
 from mappings.model.ids import derive_uid, derive_uuid
+from mappings.model.measurement import Measurement
+from mappings.outputs.comparison_to_observations import change_components, change_notes, change_sources
 from mappings.outputs.fhir_elements import (
     Json,
     to_concept,
@@ -104,7 +106,7 @@ def _category(assessment: Assessment) -> Json:
     return to_concept(assessment.value, score)
 
 
-def _components(finding: Finding) -> list[Json]:
+def _components(findings: Findings, finding: Finding) -> list[Json]:
     tracking = {"code": to_concept(TRACKING_ID), "valueString": finding.tracking_id}
     measured = (m for m in finding.measurements if m.key != PSA_DENSITY_KEY)
     return [
@@ -112,15 +114,16 @@ def _components(finding: Finding) -> list[Json]:
         *_place_components(finding),
         *(_measurement_component(m) for m in measured),
         *(component for a in finding.assessments for component in _assessment_components(a)),
+        *change_components(findings, finding),
     ]
 
 
-def _notes(finding: Finding) -> list[Json]:
+def _notes(findings: Findings, finding: Finding) -> list[Json]:
     why = [f"{a.label} {a.score} ({a.rule}): {a.explanation}" for a in finding.assessments]
     shown = [
         f"Shown on {e.role} series {e.series_instance_uid}, instance {e.sop_instance_uid}" for e in finding.evidence
     ]
-    return [{"text": text} for text in (*why, *shown, *finding.notes)]
+    return [{"text": text} for text in (*why, *shown, *finding.notes, *change_notes(findings, finding))]
 
 
 def _body_site(finding: Finding) -> Json:
@@ -167,10 +170,10 @@ def finding_entry(findings: Findings, links: Links, finding: Finding, members: l
         code=to_concept(FINDING, text=finding.title),
         valueCodeableConcept=to_concept(finding.kind),
         bodySite=_body_site(finding),
-        note=_notes(finding),
+        note=_notes(findings, finding),
         hasMember=members,
-        derivedFrom=[links.study],
-        component=_components(finding),
+        derivedFrom=[links.study, *change_sources(findings, finding)],
+        component=_components(findings, finding),
     )
 
 

@@ -7,13 +7,13 @@ Numbers of the order that it does not state stay empty; nothing is taken from th
 import re
 import textwrap
 from collections.abc import Iterator
-from dataclasses import dataclass
 from datetime import timedelta, timezone
 
 from mappings.model.codes import Code
-from mappings.model.findings import Assessment, AssessmentInput, Finding, Findings, Measurement, Status
+from mappings.model.findings import Assessment, AssessmentInput, Finding, Findings, Status
 from mappings.model.ids import derive_control_id
 from mappings.model.study import PatientIdentity
+from mappings.outputs.comparison_to_oru import write_finding_change, write_study_change
 from mappings.outputs.er7 import (
     LINE_BREAK,
     Component,
@@ -27,6 +27,7 @@ from mappings.outputs.er7 import (
     write_segment,
 )
 from mappings.outputs.impression import findings_to_impression
+from mappings.outputs.oru_observation import Common, clip, coded, methods, write_obx
 
 IMAGING_STUDY = Code("18748-4", "LN", "Diagnostic imaging study")
 STUDY_OBSERVATION = Code("18782-3", "LN", "Radiology Study observation (narrative)")
@@ -37,9 +38,6 @@ TRACKING_UID = Code("112040", "DCM", "Tracking Unique Identifier")
 FINDING = Code("121071", "DCM", "Finding")
 FINDING_SITE = Code("363698007", "SCT", "Finding Site")
 LATERALITY = Code("272741003", "SCT", "Laterality")
-
-HL7_SCHEMES = {"IBSI": "99IBSI", "": "L"}
-"""HL7 table 0396 names of the schemes that differ from DICOM's; LN, SCT, DCM, UCUM and RADLEX are the same."""
 
 RESULT_STATUS: dict[Status, tuple[str, str]] = {
     "preliminary": ("P", "P"),
@@ -53,50 +51,10 @@ RESULT_STATUS: dict[Status, tuple[str, str]] = {
 PERSON_NAME_PARTS = 5
 """Components of a DICOM person name: family, given, middle, prefix, suffix."""
 
-SHORT_TEXT_LENGTH = 199
-"""Longest ST of v2.5.1 (2A.74). Free text is cut to it with an ellipsis; names and identifiers never are."""
-
 LINE_LENGTH = 80
 """Characters of one narrative line; many RIS screens cut off what is longer."""
 
 _OID = re.compile(r"[0-2](\.(0|[1-9]\d*))+")
-
-
-@dataclass(frozen=True)
-class _Common:
-    """What every OBX of one message shares."""
-
-    status: str
-    observed: str
-    analysed: str
-    model: tuple[str, ...]
-
-
-def _clip(words: str) -> str:
-    return words if len(words) <= SHORT_TEXT_LENGTH else f"{words[: SHORT_TEXT_LENGTH - 3]}..."
-
-
-def _coded(code: Code, alternate: tuple[str, str] | None = None) -> tuple[str, ...]:
-    """CE/CWE of a code; `alternate` (key, label) names it once more in Wetread's own scheme."""
-    first = (code.value, _clip(code.meaning), HL7_SCHEMES.get(code.scheme, code.scheme))
-    return (*first, *alternate, "99WETREAD") if alternate else first
-
-
-def _write_obx(
-    common: _Common,
-    kind: str,
-    observation: tuple[str, ...],
-    value: Field,
-    *,
-    unit: Code | None = None,
-    flag: str = "",
-    method: Field = "",
-) -> list[Field]:
-    """OBX-2 to OBX-19 with OBX-4 empty: the message gives the sub-id and OBX-1."""
-    coded_unit = _coded(unit) if unit else ""
-    result: list[Field] = [kind, observation, "", value, coded_unit, "", flag, "", "", common.status]
-    source: list[Field] = ["", "", common.observed, "", "", method, common.model, common.analysed]
-    return result + source
 
 
 def _abnormal_flag(assessment: Assessment) -> str:
@@ -104,33 +62,28 @@ def _abnormal_flag(assessment: Assessment) -> str:
     return "A" if assessment.rule.startswith("pirads") and assessment.score in {"4", "5"} else ""
 
 
-def _method(measurement: Measurement) -> Field:
-    methods: list[Repetition] = [_coded(c) for c in (measurement.method, measurement.derivation) if c]
-    return methods or ""
-
-
-def _write_input(common: _Common, assessment: Assessment, given: AssessmentInput) -> list[Field]:
+def _write_input(common: Common, assessment: Assessment, given: AssessmentInput) -> list[Field]:
     key = f"{assessment.key}.{given.name}"
-    name = _coded(given.concept, (key, given.name)) if given.concept else (key, given.name, "99WETREAD")
+    name = coded(given.concept, (key, given.name)) if given.concept else (key, given.name, "99WETREAD")
     rule: Field = ("", assessment.rule)
     if given.code:
-        return _write_obx(common, "CWE", name, _coded(given.code), method=rule)
-    return _write_obx(common, "ST", name, _clip(given.value), method=rule)
+        return write_obx(common, "CWE", name, coded(given.code), method=rule)
+    return write_obx(common, "ST", name, clip(given.value), method=rule)
 
 
-def _write_assessment(common: _Common, assessment: Assessment) -> Iterator[list[Field]]:
+def _write_assessment(common: Common, assessment: Assessment) -> Iterator[list[Field]]:
     """The category, what the rule looked at, and how it got there."""
-    named = _coded(assessment.concept, (assessment.key, assessment.label))
+    named = coded(assessment.concept, (assessment.key, assessment.label))
     rule: Field = ("", assessment.rule)
-    value = _coded(assessment.value, (assessment.score, f"{assessment.label} {assessment.score}"))
-    yield _write_obx(common, "CWE", named, value, flag=_abnormal_flag(assessment), method=rule)
+    value = coded(assessment.value, (assessment.score, f"{assessment.label} {assessment.score}"))
+    yield write_obx(common, "CWE", named, value, flag=_abnormal_flag(assessment), method=rule)
     for given in assessment.inputs:
         yield _write_input(common, assessment, given)
     derivation = (f"{assessment.key}.derivation", f"{assessment.label}: derivation", "99WETREAD")
-    yield _write_obx(common, "TX", derivation, text_value(assessment.explanation), method=rule)
+    yield write_obx(common, "TX", derivation, text_value(assessment.explanation), method=rule)
 
 
-def _write_place(common: _Common, finding: Finding) -> Iterator[list[Field]]:
+def _write_place(common: Common, finding: Finding) -> Iterator[list[Field]]:
     places = (
         (FINDING_SITE, "site", "Finding site", finding.site),
         (LATERALITY, "side", "Side", finding.laterality),
@@ -139,27 +92,29 @@ def _write_place(common: _Common, finding: Finding) -> Iterator[list[Field]]:
     )
     for concept, key, label, code in places:
         if code is not None:
-            yield _write_obx(common, "CWE", _coded(concept, (key, label)), _coded(code))
+            yield write_obx(common, "CWE", coded(concept, (key, label)), coded(code))
     if finding.level:
-        yield _write_obx(common, "ST", ("level", "Level", "99WETREAD"), finding.level)
+        yield write_obx(common, "ST", ("level", "Level", "99WETREAD"), finding.level)
 
 
-def _write_finding(common: _Common, finding: Finding) -> Iterator[list[Field]]:
-    """What it is and where, each measurement, each assessment."""
-    yield _write_obx(common, "CWE", _coded(FINDING), _coded(finding.kind))
-    yield _write_obx(common, "ST", _coded(TRACKING_ID), finding.tracking_id)
-    yield _write_obx(common, "ST", _coded(TRACKING_UID), finding.tracking_uid)
+def _write_finding(common: Common, findings: Findings, finding: Finding) -> Iterator[list[Field]]:
+    """What it is and where, each measurement, each assessment, what changed since the prior."""
+    yield write_obx(common, "CWE", coded(FINDING), coded(finding.kind))
+    yield write_obx(common, "ST", coded(TRACKING_ID), finding.tracking_id)
+    yield write_obx(common, "ST", coded(TRACKING_UID), finding.tracking_uid)
     yield from _write_place(common, finding)
     for m in finding.measurements:
-        yield _write_obx(common, "NM", _coded(m.concept, (m.key, m.label)), m.text, unit=m.unit, method=_method(m))
+        yield write_obx(common, "NM", coded(m.concept, (m.key, m.label)), m.text, unit=m.unit, method=methods(m))
     for assessment in finding.assessments:
         yield from _write_assessment(common, assessment)
+    yield from write_finding_change(common, findings, finding)
 
 
-def _write_study(common: _Common, findings: Findings) -> Iterator[list[Field]]:
-    yield _write_obx(common, "ST", _coded(STUDY_UID), findings.study_instance_uid)
+def _write_study(common: Common, findings: Findings) -> Iterator[list[Field]]:
+    yield write_obx(common, "ST", coded(STUDY_UID), findings.study_instance_uid)
     for assessment in findings.assessments:
         yield from _write_assessment(common, assessment)
+    yield from write_study_change(common, findings)
 
 
 def _break_line(line: str) -> list[str]:
@@ -182,16 +137,16 @@ def _narrative_values(text: str) -> list[Verbatim]:
     return values
 
 
-def _write_narrative(common: _Common, code: Code, text: str) -> Iterator[list[Field]]:
+def _write_narrative(common: Common, code: Code, text: str) -> Iterator[list[Field]]:
     for value in _narrative_values(text):
-        yield _write_obx(common, "TX", _coded(code), value)
+        yield write_obx(common, "TX", coded(code), value)
 
 
-def _write_observations(common: _Common, findings: Findings, text: str) -> Iterator[str]:
+def _write_observations(common: Common, findings: Findings, text: str) -> Iterator[str]:
     """Every OBX. OBX-4 is `group.item`: groups 1..n are the findings in their order, then the study, the
     report text and the impression."""
     groups = [
-        *(_write_finding(common, finding) for finding in findings.findings),
+        *(_write_finding(common, findings, finding) for finding in findings.findings),
         _write_study(common, findings),
         _write_narrative(common, STUDY_OBSERVATION, text),
         _write_narrative(common, IMPRESSION, "\n".join(findings_to_impression(findings))),
@@ -229,7 +184,7 @@ def _write_pid(patient: PatientIdentity) -> str:
 
 def _order_code(findings: Findings, procedure: Code) -> tuple[str, ...]:
     order = findings.context.order
-    return _coded(order.code if order and order.code else procedure)
+    return coded(order.code if order and order.code else procedure)
 
 
 def _write_obr(findings: Findings, procedure: Code, reported: str) -> str:
@@ -245,7 +200,7 @@ def _write_obr(findings: Findings, procedure: Code, reported: str) -> str:
         22: reported,
         24: "RAD",
         25: RESULT_STATUS[findings.status][0],
-        31: ("", _clip(order.reason)) if order and order.reason else "",
+        31: ("", clip(order.reason)) if order and order.reason else "",
     }
     for number, value in numbered.items():
         fields[number - 1] = value
@@ -277,7 +232,7 @@ def findings_to_oru(
     control_id = derive_control_id(findings.job_id, findings.revision, "oru")
     model = (findings.model.name, findings.model.version)
     status = RESULT_STATUS[findings.status][1]
-    common = _Common(status, format_date(findings.study_date), made, model)
+    common = Common(status, format_date(findings.study_date), made, model)
     parties: list[Field] = [sending_application, sending_facility, receiving_application, receiving_facility]
     kind: list[Field] = [("ORU", "R01", "ORU_R01"), control_id, processing_id, "2.5.1"]
     return write_message(

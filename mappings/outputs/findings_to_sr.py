@@ -27,10 +27,14 @@ from pydicom.sr.codedict import codes as dicom_codes
 from pydicom.uid import Comprehensive3DSRStorage, ExplicitVRLittleEndian
 
 from mappings.model import codes
+from mappings.model.changes import PRIOR_VALUE
 from mappings.model.codes import SYSTEM_URLS, Code
 from mappings.model.context import ContextValue
-from mappings.model.findings import Assessment, AssessmentInput, Finding, Findings, Measurement
+from mappings.model.findings import Assessment, AssessmentInput, Finding, Findings
 from mappings.model.ids import derive_uid
+from mappings.model.measurement import Measurement
+from mappings.outputs.comparison_to_sr import lesion_items, status_evaluations, study_items
+from mappings.outputs.comparison_values import comparison_comments, finding_numbers, interval
 from mappings.outputs.dicom_header import (
     MANUFACTURER,
     NOT_VERIFIED,
@@ -53,7 +57,6 @@ from mappings.outputs.dicom_image_library import build_image_library
 SERIES_NUMBER = 1002
 Group = MeasurementsAndQualitativeEvaluations | VolumetricROIMeasurementsAndQualitativeEvaluations
 STUDY_TRACKING_ID = "study"
-COMMENT = CodedConcept("121106", "DCM", "Comment")
 IMAGING_PROCEDURE = Code("363679005", "SCT", "Imaging procedure")
 FINAL_STATES = ("final", "amended", "corrected")
 CATEGORIES = {
@@ -109,7 +112,7 @@ def findings_to_sr(findings: Findings, seg: Dataset | None, sources: Sequence[Da
 def _build_report(findings: Findings, seg: Dataset | None, images: Sequence[Dataset]) -> MeasurementReport:
     """The content tree: who observed, what was done, which images were read, then the groups."""
     groups = [_build_group(findings, finding, seg) for finding in findings.findings]
-    if not groups or findings.assessments or findings.psa or _comments(findings):
+    if not groups or findings.assessments or findings.psa or findings.comparison or _comments(findings):
         groups.append(_build_study_group(findings))
     report = MeasurementReport(
         observation_context=ObservationContext(observer_device_context=_observer(findings)),
@@ -152,8 +155,8 @@ def _build_group(findings: Findings, finding: Finding, seg: Dataset | None) -> G
         "finding_type": concept(finding.kind),
         "finding_sites": _sites(finding),
         "algorithm_id": _algorithm(findings),
-        "measurements": [_measurement(m) for m in _numbers(finding)],
-        "qualitative_evaluations": _evaluations(finding.assessments),
+        "measurements": [*map(_measurement, _numbers(finding)), *_changes(findings, finding)],
+        "qualitative_evaluations": [*_evaluations(finding.assessments), *status_evaluations(findings, finding)],
     }
     if seg is None or finding.segment_number is None:
         group: Group = MeasurementsAndQualitativeEvaluations(**content)
@@ -161,6 +164,7 @@ def _build_group(findings: Findings, finding: Finding, seg: Dataset | None) -> G
         segment = _referenced_segment(seg, finding.segment_number)
         group = VolumetricROIMeasurementsAndQualitativeEvaluations(referenced_segment=segment, **content)
     group[0].ContentSequence.extend(_texts(finding.assessments, finding.notes))
+    group[0].ContentSequence.extend(lesion_items(findings, finding))
     return group
 
 
@@ -179,16 +183,20 @@ def _referenced_segment(seg: Dataset, number: int) -> ReferencedSegment:
 
 
 def _build_study_group(findings: Findings) -> MeasurementsAndQualitativeEvaluations:
-    """What holds for the whole study: the overall category, the PSA, and what was left blank."""
+    """What holds for the whole study: the overall category, the PSA, the prior that it was compared with, and what was
+    left blank."""
+    numbers = [_laboratory_value(findings.psa)] if findings.psa else []
+    numbers += [_measurement(interval(findings.comparison))] if findings.comparison else []
     group = MeasurementsAndQualitativeEvaluations(
         tracking_identifier=TrackingIdentifier(
             derive_uid(findings.job_id, "finding", STUDY_TRACKING_ID), STUDY_TRACKING_ID
         ),
         finding_sites=[FindingSite(concept(findings.findings[0].site))] if findings.findings else None,
-        measurements=[_laboratory_value(findings.psa)] if findings.psa else None,
+        measurements=numbers or None,
         qualitative_evaluations=_evaluations(findings.assessments),
     )
     group[0].ContentSequence.extend(_texts(findings.assessments, _comments(findings)))
+    group[0].ContentSequence.extend(study_items(findings))
     return group
 
 
@@ -230,6 +238,15 @@ def _measurement(measurement: Measurement) -> MeasurementItem:
     return item
 
 
+def _changes(findings: Findings, finding: Finding) -> Iterator[MeasurementItem]:
+    """TID 300 for each number of the comparison; Observation DateTime says which ones are the prior's."""
+    for number in finding_numbers(findings, finding):
+        item = _measurement(number)
+        if findings.comparison is not None and number.derivation == PRIOR_VALUE:
+            item[0].ObservationDateTime = f"{findings.comparison.prior_study_date:%Y%m%d}"
+        yield item
+
+
 def _laboratory_value(value: ContextValue) -> MeasurementItem:
     """TID 300 for a value that the EHR gave; Observation DateTime says when it was taken."""
     unit = codes.NG_ML if value.unit == codes.NG_ML.value else Code(value.unit, "UCUM", value.unit)
@@ -261,9 +278,9 @@ def _texts(assessments: Sequence[Assessment], comments: Sequence[str]) -> Iterat
         for given in assessment.inputs:
             if given.concept is not None and given.code is None:
                 yield _input_text(given.concept, given)
-        yield _text(COMMENT, f"{assessment.explanation} (rule {assessment.rule})")
+        yield _text(concept(codes.COMMENT), f"{assessment.explanation} (rule {assessment.rule})")
     for comment in comments:
-        yield _text(COMMENT, comment)
+        yield _text(concept(codes.COMMENT), comment)
 
 
 def _input_text(name: Code, given: AssessmentInput) -> TextContentItem:
@@ -275,9 +292,9 @@ def _text(name: CodedConcept, value: str) -> TextContentItem:
 
 
 def _comments(findings: Findings) -> list[str]:
-    """What was left blank and what the reader was warned of, one sentence each."""
+    """What was left blank, what the reader was warned of, and what holds for the comparison; one sentence each."""
     blanks = [f"Left blank: {blank.name}: {blank.reason}" for blank in findings.blanks]
-    return [*blanks, *findings.warnings]
+    return [*blanks, *findings.warnings, *comparison_comments(findings)]
 
 
 def _find_missing(findings: Findings) -> list[str]:
@@ -336,3 +353,5 @@ def _all_codes(findings: Findings) -> Iterator[Code]:
     for assessment in (*findings.assessments, *(a for f in findings.findings for a in f.assessments)):
         yield from (assessment.concept, assessment.value)
         yield from (i.code for i in assessment.inputs if i.code)
+    if findings.comparison is not None:
+        yield interval(findings.comparison).concept

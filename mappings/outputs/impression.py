@@ -1,6 +1,8 @@
 """What the impression says, in words shared by every rendering that carries it."""
 
-from mappings.model.findings import Assessment, Finding, Findings, Measurement
+from mappings.model.findings import Assessment, Finding, Findings
+from mappings.model.measurement import Measurement
+from mappings.outputs.comparison_values import comparison_impression
 
 LESION_SIZE_KEYS = ("diameter_3d", "diameter_in_plane")
 """The measurements that tell two lesions of one category apart, the first that is there."""
@@ -62,7 +64,8 @@ def status_banner(findings: Findings) -> str:
 
 
 def findings_to_impression(findings: Findings) -> tuple[str, ...]:
-    """The impression line by line: banner, overall categories, lesions by category, blanks with reasons."""
+    """The impression line by line: banner, overall categories, lesions by category, what changed since the
+    prior, blanks with reasons."""
     overall = [f"{a.label}: {a.score}." for a in findings.assessments]
     lesions = [describe_lesion(lesion) for lesion in lesions_by_category(findings)]
     blanks = [f"Left blank: {blank.name} ({blank.reason})." for blank in findings.blanks]
@@ -70,6 +73,7 @@ def findings_to_impression(findings: Findings) -> tuple[str, ...]:
         status_banner(findings),
         *overall,
         *(lesions or ["No lesion was proposed by the model."]),
+        *comparison_impression(findings, lesions_by_category(findings)),
         *blanks,
         f"Model: {findings.model.name} {findings.model.version}, {findings.model.manufacturer}.",
     )

@@ -178,6 +178,8 @@ def _read_value(facts: Facts, where: str, what: str, element: Json) -> None:
         facts.add(where, what, _coded(element["valueCodeableConcept"]))
     elif "valueString" in element:
         facts.add(where, what, prose(element["valueString"]))
+    elif "valueDateTime" in element:
+        facts.add(where, what, element["valueDateTime"])
 
 
 def _coded(concept: Json, limit: int | None = None) -> str:

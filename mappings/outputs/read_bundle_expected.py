@@ -1,13 +1,24 @@
 """What a FHIR Bundle must say of the findings, as the facts that `read_bundle` reads."""
 
 from mappings.model.codes import PSA_DENSITY, SYSTEM_URLS, Code
-from mappings.model.findings import Assessment, Finding, Findings, Measurement
+from mappings.model.findings import Assessment, Finding, Findings
 from mappings.model.ids import derive_uid, derive_uuid
+from mappings.model.measurement import Measurement
+from mappings.outputs.read_changes import (
+    comparison_comments,
+    comparison_sentence,
+    gone_sentences,
+    interval_of,
+    links_of,
+    numbers_of,
+    row_of,
+)
 from mappings.outputs.read_facts import Facts, moment, number, place_words, prose, withheld
 
 REPORT = "DiagnosticReport"
 DENSITY = "psa_density"
 OWN = "urn:wetread:codes"
+UCUM = SYSTEM_URLS["UCUM"]
 FINDING, TRACKING_ID = Code("121071", "DCM", "Finding"), Code("112039", "DCM", "Tracking Identifier")
 SITE, LATERALITY = Code("363698007", "SCT", "Finding site"), Code("272741003", "SCT", "Laterality")
 
@@ -45,7 +56,8 @@ def expect_bundle(findings: Findings, *, by_reference: bool) -> Facts:
     if psa and findings.gland and findings.gland.measurement(DENSITY):
         facts.add(DENSITY, "derivedFrom", withheld(psa))
     context_order = order if findings.context.order is not None else ""
-    _expect_provenance(facts, findings, [s for s in (_study(findings), context_order, psa) if s], list(uids.values()))
+    sources = [s for s in (_study(findings), context_order, psa, _prior_report(findings)) if s]
+    _expect_provenance(facts, findings, sources, list(uids.values()))
     return facts
 
 
@@ -59,6 +71,11 @@ def _study(findings: Findings) -> str:
 
 def _report(findings: Findings) -> str:
     return f"{REPORT} {findings.study_instance_uid}:{findings.protocol_name}"
+
+
+def _prior_report(findings: Findings) -> str:
+    done = findings.comparison
+    return f"{done.prior_study_instance_uid}:{done.prior_protocol_name}" if done else ""
 
 
 def _order(findings: Findings, by_reference: bool) -> str:
@@ -143,6 +160,7 @@ def _expect_observations(facts: Facts, findings: Findings) -> dict[str, str]:
         uids[finding.tracking_id] = finding.tracking_uid
         _expect_state(facts, finding.tracking_id, findings)
         _expect_finding(facts, finding)
+        _expect_change(facts, findings, finding)
     for assessment in findings.assessments:
         uids[assessment.key] = _overall_uid(findings, assessment)
         _expect_state(facts, assessment.key, findings)
@@ -235,3 +253,36 @@ def _expect_inputs(facts: Facts, where: str, assessment: Assessment) -> None:
         if given.code is not None:
             facts.add(where, f"{what}: in words", prose(given.value))
         facts.add(where, f"{what}: question", _name(given.concept) if given.concept else "")
+
+
+def _expect_change(facts: Facts, findings: Findings, finding: Finding) -> None:
+    """What the comparison says of one finding, and where from; with the gland, what it says as a whole."""
+    where, row, done = finding.tracking_id, row_of(findings, finding), findings.comparison
+    gland = finding == findings.gland
+    if gland:
+        gone = [sentence for sentence, _ in gone_sentences(findings)]
+        for said in (*comparison_sentence(findings), *gone, *comparison_comments(findings)):
+            facts.add(where, "note", prose(said))
+    if done is None or not (gland or row):
+        return
+    _expect_part(facts, where, "prior_study_uid", f"urn:oid:{done.prior_study_instance_uid}")
+    _expect_part(facts, where, "prior_study_date", done.prior_study_date.isoformat())
+    facts.add(where, "derivedFrom", withheld(f"urn:oid:{done.prior_study_instance_uid}"))
+    for given in (*interval_of(findings), *numbers_of(findings, finding)):
+        _expect_part(facts, where, given.key, f"{float(given.text):.10g}")
+        facts.add(where, f"{given.key}: unit", f"{given.unit.value}, {given.unit.value} ({UCUM})")
+    if row is None:
+        return
+    _expect_part(facts, where, "change_status", f"{row.status} ({OWN})")
+    for concept, uid in links_of(row):
+        _expect_part(facts, where, concept.value, f"urn:oid:{uid}")
+    if row.prior is not None:
+        facts.add(where, "derivedFrom", withheld(f"urn:oid:{row.prior.tracking_uid}"))
+    for note in row.notes:
+        facts.add(where, "note", prose(note))
+
+
+def _expect_part(facts: Facts, where: str, key: str, value: str) -> None:
+    """A component under Wetread's own code only."""
+    facts.add(where, key, value)
+    facts.add(where, f"{key}: question", "")

@@ -1,7 +1,8 @@
 """Checks the words of an impression, whichever rendering carries them."""
 
 from mappings.model.findings import Findings
-from mappings.outputs.read_facts import find_slips, lesion_pieces, prose, read_status, squeeze
+from mappings.outputs.read_changes import impression_lines
+from mappings.outputs.read_facts import Facts, compare, find_slips, lesion_pieces, prose, read_status, squeeze
 
 
 def check_impression(artifact: str, words: str, findings: Findings) -> list[str]:
@@ -18,14 +19,31 @@ def check_impression(artifact: str, words: str, findings: Findings) -> list[str]
         said = ["expected a sentence, found none"] if chunk is None else find_slips(chunk, required, allowed)
         slips += [f"{lesion.tracking_id}: impression: {slip}" for slip in said]
     slips += _check_bottom(text, findings)
-    return [f"{artifact}: {slip}" for slip in slips]
+    return [f"{artifact}: {slip}" for slip in slips] + _check_changes(artifact, parts.get("changes", ""), findings)
 
 
 def _find_starts(text: str, findings: Findings) -> list[tuple[int, str]]:
     """Where each lesion's sentence begins, and what comes after the lesions."""
     marks = [(squeeze(f"{lesion.title}:"), lesion.tracking_id) for lesion in findings.lesions]
+    if findings.comparison is not None:
+        marks.append((_since(findings), "changes"))
     marks += [("Nolesionwasproposed", "none"), ("Leftblank:", "blanks"), ("Model:", "model")]
     return [(text.index(mark), name) for mark, name in marks if mark in text]
+
+
+def _since(findings: Findings) -> str:
+    return squeeze(f"Since {findings.comparison.prior_study_date}:") if findings.comparison else ""
+
+
+def _check_changes(artifact: str, chunk: str, findings: Findings) -> list[str]:
+    """Each line about a change since the prior, none too many."""
+    expected, found = Facts(), Facts()
+    for line in impression_lines(findings):
+        expected.add("comparison", "impression", prose(line))
+    since = _since(findings)
+    for line in chunk.split(since)[1:] if since else []:
+        found.add("comparison", "impression", prose(since + line))
+    return compare(artifact, expected, found)
 
 
 def _check_top(banner: str, findings: Findings) -> list[str]:

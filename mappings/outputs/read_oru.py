@@ -6,8 +6,20 @@ from dataclasses import dataclass
 from datetime import datetime
 
 from mappings.model.codes import Code
-from mappings.model.findings import Assessment, Finding, Findings, Measurement
+from mappings.model.findings import Assessment, Finding, Findings
 from mappings.model.ids import derive_control_id
+from mappings.model.measurement import Measurement
+from mappings.outputs.read_changes import (
+    STATUSES as CHANGE_STATUSES,
+)
+from mappings.outputs.read_changes import (
+    Number,
+    gone_sentences,
+    interval_of,
+    links_of,
+    numbers_of,
+    row_of,
+)
 from mappings.outputs.read_facts import Facts, Value, code_name, compare, exact, moment, prose, withheld
 
 ORU = "oru.hl7"
@@ -25,6 +37,7 @@ STATUSES = {
 """OBR-25 (table 0123) and OBX-11 (table 0085)."""
 SCHEMES = {"IBSI": "99IBSI", "": "L"}
 OWN = "99WETREAD"
+PRIOR_VALUE = "value-at-prior"
 _ESCAPE = re.compile(r"\\([^\\]*)\\")
 _LETTERS = {"F": "|", "S": "^", "T": "&", "R": "~", "E": "\\", ".br": "\n"}
 
@@ -82,7 +95,7 @@ def check_oru(message: bytes, findings: Findings, report_text: str | None) -> li
     for group in _groups(observations):
         _read_group(found, group)
     for finding in findings.findings:
-        _expect_finding(expected, finding)
+        _expect_finding(expected, findings, finding)
     _expect_study(expected, findings)
     messages = compare(ORU, expected, found)
     narrative = _join(observations, NARRATIVE)
@@ -179,7 +192,8 @@ def _read_common(facts: Facts, observations: Sequence[Segment]) -> None:
     """What every OBX must share, and the numbering."""
     for segment in observations:
         facts.add_once(MESSAGE, "OBX-11", segment.raw(11))
-        facts.add_once(MESSAGE, "OBX-14", segment.raw(14))
+        if not _is_prior_value(segment):
+            facts.add_once(MESSAGE, "OBX-14", segment.raw(14))
         facts.add_once(MESSAGE, "OBX-18", prose(" ".join(segment.parts(18))))
         facts.add_once(MESSAGE, "OBX-19", _time(segment.raw(19)))
     numbers = [segment.raw(1) for segment in observations]
@@ -187,6 +201,11 @@ def _read_common(facts: Facts, observations: Sequence[Segment]) -> None:
     facts.add(MESSAGE, "OBX-1", "counts from 1" if numbered else "does not count from 1 without gaps")
     sub_ids = [segment.raw(4) for segment in observations]
     facts.add(MESSAGE, "OBX-4", "distinct" if len({*sub_ids}) == len(sub_ids) else "repeated")
+
+
+def _is_prior_value(segment: Segment) -> bool:
+    """Whether it is a value of the prior study, observed then."""
+    return segment.part(17) == PRIOR_VALUE
 
 
 def _expect_common(facts: Facts, findings: Findings) -> None:
@@ -214,7 +233,9 @@ def _read_group(facts: Facts, group: Sequence[Segment]) -> None:
     for segment in group:
         facts.add(where, _what(segment), _value(segment))
         if segment.raw(2) == "NM":
-            facts.add(where, f"{_what(segment)}: label", prose(segment.part(3, 5)))
+            facts.add(where, f"{_what(segment)}: label", prose(segment.part(3, 5) or segment.part(3, 2)))
+        if _is_prior_value(segment):
+            facts.add(where, f"{_what(segment)}: observed", segment.raw(14))
 
 
 def _what(segment: Segment) -> str:
@@ -257,7 +278,7 @@ def _expect(kind: str, value: str, question: Code | None = None, *details: str) 
     return prose(", ".join([f"{kind} {value}{asked}", *details]))
 
 
-def _expect_finding(facts: Facts, finding: Finding) -> None:
+def _expect_finding(facts: Facts, findings: Findings, finding: Finding) -> None:
     where = finding.tracking_id
     found, tracked = Code("121071", "DCM", "Finding"), Code("112039", "DCM", "Tracking Identifier")
     unique = Code("112040", "DCM", "Tracking Unique Identifier")
@@ -276,6 +297,46 @@ def _expect_finding(facts: Facts, finding: Finding) -> None:
         facts.add(where, f"{m.key}: label", prose(m.label))
     for assessment in finding.assessments:
         _expect_assessment(facts, where, assessment)
+    _expect_change(facts, findings, finding)
+
+
+def _expect_change(facts: Facts, findings: Findings, finding: Finding) -> None:
+    """The numbers of the comparison, and what the lesion was in the prior."""
+    where, row = finding.tracking_id, row_of(findings, finding)
+    for number in numbers_of(findings, finding):
+        _expect_change_number(facts, where, number)
+    if row is None:
+        return
+    facts.add(where, "change_status", _expect("CWE", _name(CHANGE_STATUSES[row.status])))
+    for concept, uid in links_of(row):
+        facts.add(where, concept.value, _expect("ST", uid))
+    for note in row.notes:
+        facts.add(where, "change_note", _expect("TX", note))
+
+
+def _expect_change_number(facts: Facts, where: str, number: Number) -> None:
+    made = [_name(number.how)] if number.how else []
+    value = _expect("NM", f"{number.text} {number.unit.value} ({number.unit.scheme})", None, *made)
+    facts.add(where, number.key, value)
+    facts.add(where, f"{number.key}: label", prose(number.label))
+    if number.day is not None:
+        facts.add(where, f"{number.key}: observed", f"{number.day:%Y%m%d}")
+
+
+def _expect_prior(facts: Facts, findings: Findings) -> None:
+    """The study that was compared, and what only it has."""
+    done = findings.comparison
+    if done is None:
+        return
+    facts.add(STUDY, "prior_study_uid", _expect("ST", done.prior_study_instance_uid))
+    facts.add(STUDY, "prior_study_date", _expect("DT", f"{done.prior_study_date:%Y%m%d}"))
+    for number in interval_of(findings):
+        _expect_change_number(facts, STUDY, number)
+    for sentence, uid in gone_sentences(findings):
+        facts.add(STUDY, "gone", _expect("TX", sentence))
+        facts.add(STUDY, "prior_gone_uid", _expect("ST", uid))
+    for note in done.notes:
+        facts.add(STUDY, "change_note", _expect("TX", note))
 
 
 def _expect_number(m: Measurement) -> Value:
@@ -299,3 +360,4 @@ def _expect_study(facts: Facts, findings: Findings) -> None:
     facts.add(STUDY, _name(uid), _expect("ST", findings.study_instance_uid, uid))
     for assessment in findings.assessments:
         _expect_assessment(facts, STUDY, assessment)
+    _expect_prior(facts, findings)

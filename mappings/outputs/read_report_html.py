@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from html.parser import HTMLParser
 
 from mappings.model.findings import Assessment, Finding, Findings
+from mappings.outputs.read_comparison_html import COLUMNS, HEAD, LISTED, SAID, WHERE, expect_comparison
 from mappings.outputs.read_facts import (
     Facts,
     compare,
@@ -85,6 +86,7 @@ def check_report_html(data: bytes, findings: Findings) -> list[str]:
     _read_values(found, page)
     _read_articles(found, page)
     _read_sources(found, page)
+    _read_comparison(found, page)
     slips = _check_impression(page, findings)
     slips += find_unsaid(page.text, findings)
     banner = "".join(p.text for p in page.find("p", class_="banner"))
@@ -158,6 +160,37 @@ def _read_articles(facts: Facts, page: Element) -> None:
             facts.add(DOCUMENT, "left blank", prose(item.text))
 
 
+def _read_comparison(facts: Facts, page: Element) -> None:
+    """The section on the prior, and the impression's lines about changes."""
+    sections = list(page.find("section", aria_labelledby="comparison"))
+    facts.add(WHERE, "section", "yes" if sections else "no")
+    for item in page.find("li", data_change="impression"):
+        facts.add(WHERE, "impression", prose(item.text))
+    for section in sections:
+        for article in section.find("article"):
+            _read_change(facts, article)
+        for paragraph in (c for c in section.children if isinstance(c, Element) and c.tag == "p"):
+            facts.add(WHERE, SAID, prose(paragraph.text))
+        for item in section.find("li"):
+            facts.add(WHERE, LISTED, prose(item.text))
+
+
+def _read_change(facts: Facts, article: Element) -> None:
+    where = article.attributes.get("data-change", "")
+    for h3 in article.find("h3"):
+        words = [c if isinstance(c, str) else c.text for c in h3.children if isinstance(c, str) or c.tag == "a"]
+        facts.add(where, HEAD, prose("".join(words)))
+    for paragraph in article.find("p"):
+        facts.add(where, SAID, prose(paragraph.text))
+    for head in article.find("thead"):
+        facts.add(where, "head of the table of changes", prose(head.text))
+    for row in (row for body in article.find("tbody") for row in body.find("tr")):
+        keys = [span.attributes["data-measurement"] for span in row.find("span", data_measurement="")]
+        key = keys[1] if len(keys) > 1 else "row"
+        facts.add(where, f"{key}: {COLUMNS}", " ".join(keys))
+        facts.add(where, f"{key}: label of the change", prose("".join(th.text for th in row.find("th"))))
+
+
 def _read_sources(facts: Facts, page: Element) -> None:
     for section in page.find("section", aria_labelledby="sources"):
         for row in section.find("tr"):
@@ -197,6 +230,7 @@ def _expect_all(findings: Findings) -> Facts:
     for blank in expect_blanks(findings):
         facts.add(DOCUMENT, "left blank", prose(blank))
     facts.add(DOCUMENT, "Study Instance UID", findings.study_instance_uid)
+    expect_comparison(facts, findings)
     return facts
 
 

@@ -4,6 +4,12 @@ import re
 from collections.abc import Mapping, Sequence
 
 from mappings.model.findings import Assessment, Finding, Findings
+from mappings.outputs.read_comparison_text import (
+    expect_comparison,
+    expect_impression_items,
+    read_comparison,
+    read_impression_items,
+)
 from mappings.outputs.read_facts import (
     Facts,
     Value,
@@ -39,12 +45,14 @@ def check_report_text(data: bytes, findings: Findings) -> list[str]:
     found, rows = Facts(), _read_rows(sections.get("", []))
     clinical, technique = (sections.pop(name, []) for name in ("CLINICAL DATA", "TECHNIQUE"))
     _read_top(found, text, rows + _read_rows(clinical))
+    read_comparison(found, sections.pop("COMPARISON", None))
     for name, lines in sections.items():
         if name not in ("", "IMPRESSION", "LEFT BLANK", "WHERE THE MARKS LEAD"):
             _read_marked(found, _read_rows(lines), findings)
     impression = sections.get("IMPRESSION", [])
     before = next((i for i, line in enumerate(impression) if _ITEM.match(line)), len(impression))
     _read_marked(found, _read_rows(impression[:before]), findings)
+    read_impression_items(found, _read_items(impression, "  - "))
     _read_blanks(found, sections.get("LEFT BLANK", []))
     _read_ids(found, sections.get("WHERE THE MARKS LEAD", []))
     slips = _check_impression(impression, findings)
@@ -133,15 +141,15 @@ def _read_blanks(facts: Facts, lines: Sequence[str]) -> None:
         facts.add(DOCUMENT, "left blank", prose(item.strip().removeprefix("- ")))
 
 
-def _read_items(lines: Sequence[str]) -> list[str]:
-    """List items (led by `-`, `1.`, `[id]` or `Study`), each as one line."""
+def _read_items(lines: Sequence[str], lead: str = "") -> list[str]:
+    """List items (led by `-`, `1.`, `[id]` or `Study`; only those led by `lead`), each as one line."""
     items: list[str] = []
     for line in lines:
         if _ITEM.match(line):
             items.append(line)
         elif items and line.startswith("    "):
             items[-1] += " " + line.strip()
-    return items
+    return [item for item in items if item.startswith(lead)]
 
 
 def _read_ids(facts: Facts, lines: Sequence[str]) -> None:
@@ -155,7 +163,7 @@ def _read_ids(facts: Facts, lines: Sequence[str]) -> None:
 
 def _check_impression(lines: Sequence[str], findings: Findings) -> list[str]:
     """One numbered sentence for each lesion, saying its category, side and size and nothing else."""
-    items = [_ITEM.sub("", item) for item in _read_items(lines)]
+    items = [_ITEM.sub("", item) for item in _read_items(lines) if not item.startswith("  - ")]
     slips, sentences = [], {mark[1]: item[: mark.start()] for item in items if (mark := _MARK.search(item))}
     if len(items) != len(findings.lesions):
         slips.append(f"{STUDY}: impression: expected {len(findings.lesions)} lesion(s), found {len(items)}")
@@ -180,6 +188,8 @@ def _expect_all(findings: Findings) -> Facts:
     for blank in expect_blanks(findings):
         facts.add(DOCUMENT, "left blank", prose(blank))
     facts.add(DOCUMENT, "Study Instance UID", findings.study_instance_uid)
+    expect_comparison(facts, findings)
+    expect_impression_items(facts, findings)
     return facts
 
 

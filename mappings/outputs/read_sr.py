@@ -9,6 +9,19 @@ from mappings.model import codes
 from mappings.model.codes import SYSTEM_URLS, Code
 from mappings.model.findings import Assessment, Finding, Findings
 from mappings.model.ids import derive_uid
+from mappings.outputs.read_changes import (
+    PRIOR_STUDY,
+    STATUS,
+    STATUSES,
+    Number,
+    comparison_comments,
+    comparison_sentence,
+    gone_sentences,
+    interval_of,
+    links_of,
+    numbers_of,
+    row_of,
+)
 from mappings.outputs.read_dicom import (
     DOCUMENT,
     expect_header,
@@ -35,6 +48,7 @@ KINDS = {
     codes.LESION.value: Code("49755003", "SCT", "Morphologically Abnormal Structure"),
 }
 """Finding category (CID 7150) of each kind of finding."""
+COMMENT, PREVIOUS = "Comment (DCM 121106)", "Previous Finding (DCM 121069)"
 FINAL = ("final", "amended", "corrected")
 
 
@@ -176,6 +190,8 @@ def _read_item(facts: Facts, where: str, item: Dataset, name: str) -> None:
         facts.add(where, what, read_code(item, "ConceptCodeSequence") + side)
     elif kind == "TEXT":
         facts.add(where, question, prose(text_of(item, "TextValue")))
+    elif kind == "UIDREF":
+        facts.add(where, question, text_of(item, "UID"))
     elif kind == "IMAGE":
         for reference in items_of(item, "ReferencedSOPSequence"):
             uid, segment = text_of(reference, "ReferencedSOPInstanceUID"), text_of(reference, "ReferencedSegmentNumber")
@@ -221,7 +237,8 @@ def _expect_finding(findings: Findings, finding: Finding, seg_sources: Mapping[i
     for assessment in finding.assessments:
         _expect_assessment(facts, where, assessment)
     for note in finding.notes:
-        facts.add(where, "Comment (DCM 121106)", prose(note))
+        facts.add(where, COMMENT, prose(note))
+    _expect_change(facts, findings, finding)
     if seg_sources is not None and finding.segment_number is not None:
         seg_uid = derive_uid(findings.job_id, findings.revision, "seg")
         facts.add(where, "segment", f"{seg_uid} segment {finding.segment_number}")
@@ -230,19 +247,54 @@ def _expect_finding(findings: Findings, finding: Finding, seg_sources: Mapping[i
     return facts
 
 
+def _expect_change(facts: Facts, findings: Findings, finding: Finding) -> None:
+    """The numbers of the comparison, and what the lesion was in the prior."""
+    where, row = finding.tracking_id, row_of(findings, finding)
+    for number in numbers_of(findings, finding):
+        _expect_number(facts, where, number)
+    if row is None:
+        return
+    facts.add(where, name_of(STATUS), name_of(STATUSES[row.status]))
+    for concept, uid in links_of(row):
+        facts.add(where, name_of(concept), uid)
+    for prior in (*([row.prior] if row.prior else []), *row.candidates):
+        facts.add(where, PREVIOUS, prose(f"{prior.title} of {prior.study_date}"))
+    for note in row.notes:
+        facts.add(where, COMMENT, prose(note))
+
+
+def _expect_number(facts: Facts, where: str, number: Number) -> None:
+    made = f", {name_of(number.how)}" if number.how else ""
+    taken = f", taken {number.day:%Y%m%d}" if number.day else ""
+    facts.add(where, name_of(number.concept), f"{number.text} {number.unit.value} ({number.unit.scheme}){made}{taken}")
+
+
+def _expect_prior(facts: Facts, findings: Findings) -> None:
+    """The study that was compared, and what only it has."""
+    for number in interval_of(findings):
+        _expect_number(facts, STUDY, number)
+    for sentence in comparison_sentence(findings):
+        facts.add(STUDY, "Comparison to previous studies (DCM 111424)", prose(sentence))
+    if findings.comparison is not None:
+        facts.add(STUDY, name_of(PRIOR_STUDY), findings.comparison.prior_study_instance_uid)
+    for sentence, uid in gone_sentences(findings):
+        facts.add(STUDY, PREVIOUS, prose(f"{sentence} Its tracking UID: {uid}"))
+
+
 def _expect_assessment(facts: Facts, where: str, assessment: Assessment) -> None:
     facts.add(where, name_of(assessment.concept), name_of(assessment.value))
     for given in assessment.inputs:
         if given.concept is not None:
             facts.add(where, name_of(given.concept), name_of(given.code) if given.code else prose(given.value))
-    facts.add(where, "Comment (DCM 121106)", prose(f"{assessment.explanation} (rule {assessment.rule})"))
+    facts.add(where, COMMENT, prose(f"{assessment.explanation} (rule {assessment.rule})"))
 
 
 def _expect_study(findings: Findings) -> Facts:
     """What holds for the whole study has a group of its own, unless there is nothing to say."""
     facts = Facts()
     comments = [f"Left blank: {blank.name}: {blank.reason}" for blank in findings.blanks] + [*findings.warnings]
-    if findings.findings and not (findings.assessments or findings.psa or comments):
+    comments += comparison_comments(findings)
+    if findings.findings and not (findings.assessments or findings.psa or findings.comparison or comments):
         return facts
     facts.add(STUDY, "measurement groups", "one")
     facts.add(STUDY, "tracking UID", derive_uid(findings.job_id, "finding", STUDY))
@@ -255,5 +307,6 @@ def _expect_study(findings: Findings) -> Facts:
     for assessment in findings.assessments:
         _expect_assessment(facts, STUDY, assessment)
     for comment in comments:
-        facts.add(STUDY, "Comment (DCM 121106)", prose(comment))
+        facts.add(STUDY, COMMENT, prose(comment))
+    _expect_prior(facts, findings)
     return facts

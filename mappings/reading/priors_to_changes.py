@@ -40,7 +40,8 @@ from mappings.model.changes import (
     PriorRefused,
 )
 from mappings.model.codes import Code
-from mappings.model.findings import Finding, Findings, Measurement
+from mappings.model.findings import Finding, Findings
+from mappings.model.measurement import Measurement
 from mappings.model.study import Vector
 
 Transform = Callable[[Vector], Vector]
@@ -81,6 +82,7 @@ def compare(current: Findings, prior: Findings, gates: Gates = DEFAULT_GATES) ->
         prior_study_date=prior.study_date,
         prior_job_id=prior.job_id,
         prior_revision=prior.revision,
+        prior_protocol_name=prior.protocol_name,
         interval_days=days,
         gland=_changes(current.gland, prior.gland, GLAND_KEYS, days),
         lesions=match_lesions(current, prior, alignment, gates),
@@ -324,9 +326,16 @@ def measure_change(current: Measurement, prior: Measurement, interval_days: int)
     rate_unit = PER_YEAR.get(current.unit.value)
 
     def derive(suffix: str, label: str, value: float, unit: Code, decimals: int, how: Code) -> Measurement:
+        # + 0.0: a change of -0.04 % is shown as 0.0, not as -0.0.
         text = f"{current.label}, {label}"
         return Measurement(
-            f"{current.key}_{suffix}", text, current.concept, round(value, decimals), unit, decimals, derivation=how
+            f"{current.key}_{suffix}",
+            text,
+            current.concept,
+            round(value, decimals) + 0.0,
+            unit,
+            decimals,
+            derivation=how,
         )
 
     ratio = now / before if before > 0 and now > 0 else None

@@ -14,18 +14,9 @@ import numpy.typing as npt
 from mappings.model import codes
 from mappings.model.codes import Code
 from mappings.model.context import ClinicalContext, ContextValue
-from mappings.model.findings import (
-    Assessment,
-    Blank,
-    Evidence,
-    Finding,
-    Findings,
-    Measurement,
-    ModelIdentity,
-    RoleChoice,
-    Segment,
-)
+from mappings.model.findings import Assessment, Blank, Finding, Findings, ModelIdentity, RoleChoice, Segment
 from mappings.model.ids import derive_uid
+from mappings.model.measurement import Evidence, Measurement
 from mappings.model.protocol import Protocol
 from mappings.model.study import Geometry, Study, Volume
 from mappings.reading.masks_to_measures import (

@@ -28,6 +28,7 @@ from mappings.outputs.findings_to_key_images import findings_to_key_images, key_
 from mappings.outputs.findings_to_seg import findings_to_seg
 from mappings.outputs.findings_to_sr import findings_to_sr
 from tests.builders import build_context, build_findings, build_masks
+from tests.comparisons import build_ambiguous, build_compared
 from tests.dicom_sources import (
     build_real_findings,
     build_sources,
@@ -68,6 +69,8 @@ def load_case(name: str) -> Case:
     affine = volumes["t2w"].geometry.matrix
     builders: dict[str, Callable[[], Findings]] = {
         "synthetic": build_findings,
+        "compared": build_compared,
+        "ambiguous": build_ambiguous,
         "revised": lambda: build_findings(revision=2, predecessor_revision=1, status="corrected"),
         "no lesion": lambda: build_findings(lesions=()),
         "nothing": lambda: build_findings(
@@ -77,7 +80,7 @@ def load_case(name: str) -> Case:
     return Case(builders[name](), build_masks(), build_sources(), [], volumes, affine)
 
 
-CASES = ["real", "synthetic", "revised", "no lesion", "nothing"]
+CASES = ["real", "synthetic", "compared", "ambiguous", "revised", "no lesion", "nothing"]
 
 
 def write_seg(case: Case) -> bytes | None:
@@ -257,6 +260,25 @@ def test_dcmqi_reads_each_category_and_its_inputs(name: str, tmp_path: Path) -> 
                     assert read[as_pair(given.concept)] == as_pair(given.code)
     (psa,) = groups["study"]["measurementItems"]
     assert (psa["value"], psa["units"]["CodeValue"]) == ("13", "ng/mL")
+
+
+def test_dcmqi_reads_each_change_and_takes_none_for_the_value(tmp_path: Path) -> None:
+    case = load_case("compared")
+    group = read_with_dcmqi(case, tmp_path)["lesion-1"]
+    read = {i["quantity"]["CodeValue"]: (i["value"], i["units"]["CodeValue"]) for i in group["measurementItems"]}
+    assert case.findings.comparison is not None
+    row = case.findings.comparison.lesions[0]
+    for change in row.changes:
+        assert read[f"{change.key}_prior"] == (change.prior.text, change.prior.unit.value)
+        assert read[change.current.concept.value] == (change.current.text, change.current.unit.value)
+        for m in (change.difference, change.percent, change.per_year, change.percent_per_year):
+            assert m is not None
+            assert read[m.key] == (m.text, m.unit.value)
+    assert row.doubling_time is not None
+    assert read["doubling_time"] == (row.doubling_time.text, "d")
+    assert group["TrackingUniqueIdentifier"] == case.findings.lesions[0].tracking_uid
+    said = {e["conceptCode"]["CodeValue"]: e["conceptValue"] for e in group["qualitativeEvaluations"]}
+    assert said["change_status"]["CodeValue"] == "matched"
 
 
 @pytest.mark.parametrize("name", CASES)

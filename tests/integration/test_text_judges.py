@@ -18,6 +18,7 @@ from mappings.model.study import PatientIdentity
 from mappings.outputs.findings_to_bundle import findings_to_bundle
 from mappings.outputs.findings_to_draft import Draft, draft_environment, findings_to_draft
 from tests.builders import build_context, build_findings, build_gland, build_lesion
+from tests.comparisons import build_ambiguous, build_compared
 
 TEMPLATES = Path(__file__).parents[2] / "templates" / "report"
 CHART: list[dict[str, Any]] = [
@@ -99,6 +100,10 @@ def errors(ehr: httpx.Client, resource: dict[str, Any]) -> list[str]:
     return [i["diagnostics"] for i in issues if i["severity"] in ("error", "fatal")]
 
 
+def replace_study(findings: Findings, uid: str) -> Findings:
+    return dataclasses.replace(findings, study_instance_uid=uid)
+
+
 VARIANTS = {
     "default": build_findings(),
     "no EHR patient": build_findings(
@@ -114,6 +119,8 @@ VARIANTS = {
         blanks=(Blank("PSA density", "no PSA in the EHR"),),
         study_instance_uid="2.25.3",
     ),
+    "compared": replace_study(build_compared(), "2.25.8"),
+    "unsure what it was": replace_study(build_ambiguous(), "2.25.9"),
     "hostile": build_findings(
         lesions=(dataclasses.replace(build_lesion(), title="<script>{{7*7}}\x00\r\n|", notes=("X" * 10_000,)),),
         study_description="a|b,c$d\\e <&> Zürich 山田",

@@ -18,7 +18,9 @@ from mappings.outputs.consistency import check_consistency, expected_names
 from mappings.outputs.dicom_header import write_dicom
 from mappings.outputs.findings_to_seg import findings_to_seg
 from tests.builders import build_context, build_findings, build_gland, build_lesion, build_masks
+from tests.comparisons import COMPARED, build_ambiguous, build_compared, build_not_found
 from tests.dicom_sources import build_sources
+from tests.mutations_changes import CHANGE_MUTATIONS, NONE_FOUND, UNSURE
 from tests.mutations_dicom import DICOM_MUTATIONS, KEY, SEG, SR, edit_dicom, shift_planes
 from tests.mutations_text import FHIR, HTML, ORU, TEXT, TEXT_MUTATIONS
 from tests.renderings import place_findings, read_random_result, render_contents, render_result
@@ -65,6 +67,23 @@ def nothing() -> Findings:
     )
 
 
+TEMPLATE_OF = {"ambiguous": "generic", "no prior found": "generic"}
+
+
+def hostile_comparison() -> Findings:
+    """Words of priors that could forge a line, a mark or markup."""
+    found = build_compared()
+    done = found.comparison
+    assert done is not None
+    words = HOSTILE.partition(" [")[0]
+    rows = tuple(
+        dataclasses.replace(r, prior=r.prior and dataclasses.replace(r.prior, title=words), notes=(words,))
+        for r in done.lesions
+    )
+    priors = tuple(dataclasses.replace(p, description=HOSTILE) for p in found.priors)
+    return dataclasses.replace(found, comparison=dataclasses.replace(done, lesions=rows, notes=(words,)), priors=priors)
+
+
 VARIANTS: dict[str, Callable[[], tuple[Findings, Contents]]] = {}
 
 
@@ -108,6 +127,7 @@ variant(
     ),
 )
 variant("hostile words", hostile(), StudyDescription="any")
+variant("hostile comparison", hostile_comparison())
 variant("long title", placed(lesions=(dataclasses.replace(build_lesion(), title="Lesion " + "x" * 300),)))
 variant(
     "Japanese name", placed(patient=named(JAPANESE)), SpecificCharacterSet=["", "ISO 2022 IR 87"], PatientName=JAPANESE
@@ -134,6 +154,8 @@ variant(
 )
 variant("revision", placed(revision=2, predecessor_revision=1, status="amended"))
 variant("another zone", placed(created_at=datetime(2026, 3, 4, 23, 30, 5, tzinfo=UTC)), TimezoneOffsetFromUTC="+0900")
+for kind, build in COMPARED.items():
+    variant(kind, build(), template=TEMPLATE_OF.get(kind, "prostate_mri"))
 for one in ("final", "corrected", "entered-in-error"):
     variant(one, placed(status=one))
 
@@ -176,6 +198,61 @@ def test_each_disagreement_is_noticed_and_named(name: str, findings: Findings, r
     assert any(re.search(what, message.removeprefix(f"{artifact}: ")) for message in own), messages
     for secret in ("Phantom", "Peter", "TEST-00", "ACC-", "PLAC-", "19610506"):
         assert not any(secret in message for message in messages)
+
+
+@pytest.fixture(scope="module")
+def compared() -> Contents:
+    return render_contents(build_compared())
+
+
+@pytest.fixture(scope="module")
+def unsure() -> Contents:
+    return render_contents(build_ambiguous())
+
+
+@pytest.fixture(scope="module")
+def none_found() -> Contents:
+    return render_contents(build_not_found())
+
+
+def assert_noticed(findings: Findings, rendered: Contents, mutation: tuple[str, Any, str]) -> None:
+    artifact, mutate, what = mutation
+    contents = dict(rendered)
+    mutate(contents)
+    assert contents[artifact] != rendered[artifact]
+    messages = check_consistency(findings, contents, build_masks())
+    own = [message for message in messages if message.startswith(f"{artifact}: ")]
+    assert any(re.search(what, message.removeprefix(f"{artifact}: ")) for message in own), messages
+
+
+@pytest.mark.parametrize("name", CHANGE_MUTATIONS)
+def test_each_wrong_value_of_the_comparison_is_noticed(name: str, compared: Contents) -> None:
+    assert_noticed(build_compared(), compared, CHANGE_MUTATIONS[name])
+
+
+@pytest.mark.parametrize("name", UNSURE)
+def test_each_wrong_word_about_a_lesion_that_cannot_be_matched_is_noticed(name: str, unsure: Contents) -> None:
+    assert_noticed(build_ambiguous(), unsure, UNSURE[name])
+
+
+@pytest.mark.parametrize("name", NONE_FOUND)
+def test_that_no_prior_was_found_must_be_said(name: str, none_found: Contents) -> None:
+    assert_noticed(build_not_found(), none_found, NONE_FOUND[name])
+
+
+@pytest.mark.parametrize("without", ["comparison", "a row", "priors"])
+def test_each_rendering_is_held_to_the_comparison(without: str, compared: Contents) -> None:
+    findings = build_compared()
+    done = findings.comparison
+    assert done is not None
+    fewer = {
+        "comparison": dataclasses.replace(findings, comparison=None),
+        "a row": dataclasses.replace(findings, comparison=dataclasses.replace(done, lesions=done.lesions[1:])),
+        "priors": dataclasses.replace(findings, priors=()),
+    }[without]
+    named_artifacts = {m.split(":")[0] for m in check_consistency(fewer, compared, build_masks())}
+    assert {SR, FHIR, TEXT, HTML} <= named_artifacts
+    assert without == "priors" or ORU in named_artifacts
 
 
 def test_enough_kinds_of_disagreement_are_tried() -> None:

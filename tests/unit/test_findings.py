@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 
 from mappings.model import codes
 from mappings.model.context import ClinicalContext, ContextValue
-from mappings.model.findings import Findings, Measurement, ModelIdentity, RoleChoice
+from mappings.model.findings import Findings, ModelIdentity, RoleChoice
+from mappings.model.measurement import Measurement
 from mappings.model.protocol import PsaPolicy
 from mappings.model.study import Geometry, Instance, PatientIdentity, Series, Study, Volume
 from mappings.reading.tensors_to_findings import AnswerUnusable, Reading, check_answer, tensors_to_findings

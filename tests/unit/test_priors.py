@@ -25,7 +25,8 @@ from deploy.hospital.phantom import (
 from mappings.model import codes
 from mappings.model.changes import Comparison, LesionChange, PriorRefused
 from mappings.model.context import ClinicalContext
-from mappings.model.findings import Finding, Findings, Measurement, ModelIdentity
+from mappings.model.findings import Finding, Findings, ModelIdentity
+from mappings.model.measurement import Measurement
 from mappings.model.study import Geometry, PatientIdentity, Study, Volume
 from mappings.reading.priors_to_changes import (
     Gates,
