@@ -44,7 +44,7 @@ ROOT = Path(__file__).resolve().parents[1]
 MODELS = ROOT / "deploy" / "triton" / "models"
 TEMPLATES = ROOT / "templates" / "report"
 
-WORKFLOW_VERSION = "1"
+WORKFLOW_VERSION = "2"
 """Version of the order of steps in workflow.py. Pending work of another version is not picked up, so it changes
 only with that order, not with each release."""
 

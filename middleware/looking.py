@@ -23,10 +23,10 @@ from middleware.intake.completeness import (
     see_outline,
     see_study,
 )
+from middleware.intake.context import find_own_orders
 from middleware.intake.deciding import Decided
 from middleware.intake.headers import Headers
 from middleware.intake.inbox import accept_study, workflow_id
-from middleware.intake.order_context import find_own_orders
 from middleware.store.tables import StudyJob
 from middleware.systems import Systems
 

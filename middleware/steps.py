@@ -9,7 +9,7 @@ import contextlib
 import io
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
@@ -20,34 +20,27 @@ from dbos import DBOS
 from pydantic import TypeAdapter
 
 from connectors.errors import Ambiguous, ConnectorError, Permanent, Retryable
-from mappings.inputs.fhir_to_context import fhir_to_context, latest_psa
-from mappings.inputs.fhir_to_labs import LABS, LOINC
+from mappings.inputs.fhir_to_context import latest_psa
+from mappings.model.changes import PriorStudy
 from mappings.model.context import ClinicalContext
 from mappings.model.findings import Findings, ModelIdentity, RoleChoice
 from mappings.model.protocol import Protocol
 from mappings.model.study import Study
+from mappings.reading.priors_to_findings import with_comparison
 from mappings.reading.tensors_to_findings import AnswerUnusable, Reading, check_answer, tensors_to_findings
 from mappings.reading.volumes_to_tensors import volumes_to_tensors
 from middleware import telemetry
 from middleware.errors import Stopped
+from middleware.intake.context import read_chart, search_chart, search_identity
 from middleware.intake.deciding import Decided, decide
 from middleware.intake.identity import digest_identity, find_disagreements, find_heard_disagreements
 from middleware.intake.images import RoleImages, load_roles, read_study
 from middleware.intake.inbox import next_try_at, run_started_at, workflow_id
-from middleware.intake.order_context import find_order
-from middleware.ports import ContextSource
-from middleware.release.deliveries import (
-    Outcome,
-    give_up,
-    oru_control_id,
-    plan_deliveries,
-    send_to_ehr,
-    send_to_pacs,
-    send_to_ris,
-)
+from middleware.intake.priors import find_in_ehr, find_in_pacs, find_own, join_priors, load_findings
+from middleware.release.deliveries import plan_deliveries
 from middleware.release.rendering import Addresses, render_all
 from middleware.release.validation import find_faults
-from middleware.store.tables import ArtifactRecord, Delivery, StepRun, StudyJob
+from middleware.store.tables import ArtifactRecord, StepRun, StudyJob
 from middleware.systems import Systems
 
 _systems: Systems | None = None
@@ -99,6 +92,19 @@ _ROLES = TypeAdapter(tuple[RoleChoice, ...])
 _CONTEXT = TypeAdapter(ClinicalContext)
 _DECIDED = TypeAdapter(Decided)
 _FINDINGS = TypeAdapter(Findings)
+
+
+@dataclass(frozen=True)
+class Priors:
+    """Earlier studies, each with the digest of its findings (empty: not known here); whether there was anywhere to
+    look, and sentences about systems that did not answer."""
+
+    found: tuple[tuple[PriorStudy, str], ...]
+    was_searched: bool
+    silent: tuple[str, ...] = ()
+
+
+_PRIORS = TypeAdapter(Priors)
 
 
 @asynccontextmanager
@@ -228,73 +234,29 @@ async def gather_context(job_id: str, route: Route) -> str:
     async with _run("context", job_id) as watch:
         study = _load(_STUDY, route["study"])
         source = systems().context
-        resources = await _patiently("asking the EHR", lambda: _search_all(source, study)) if source else []
-        context = _read_context(resources, study)
+        system = _identifier_system()
+        found = await _patiently("asking the EHR", lambda: search_chart(source, study, system)) if source else []
+        context = read_chart(found, study, _context_name(), systems().heard)
         order = "order found" if context.order else "no order"
         patient = "patient found" if context.patient else "patient not found"
-        found = f"{patient}, {order}, {len(context.labs)} labs"
-        watch.detail = found if source else f"no EHR configured and no context given; {order} in messages"
+        told = f"{patient}, {order}, {len(context.labs)} labs"
+        watch.detail = told if source else f"no EHR configured and no context given; {order} in messages"
         return _keep_context(job_id, context)
 
 
-def _read_context(resources: list[dict[str, Any]], study: Study) -> ClinicalContext:
-    """The context out of what the EHR holds; an order that it does not have is the one that messages told of."""
-    if systems().context is None:
-        context = ClinicalContext(source="", missing=("no EHR is configured",))
-    else:
-        context = fhir_to_context(
-            resources,
-            source=systems().context_name,
-            patient_id=study.patient.patient_id,
-            patient_issuer=study.patient.issuer,
-            accession_number=study.accession_number,
-            study_instance_uid=study.study_instance_uid,
-        )
-    order = context.order or find_order(systems().heard, study)
-    return replace(context, order=order)
+def _context_name() -> str | None:
+    return systems().context_name if systems().context is not None else None
+
+
+def _identifier_system() -> str:
+    ehr = systems().settings.ehr
+    return ehr.patient_identifier_system if ehr else ""
 
 
 def _keep_context(job_id: str, context: ClinicalContext) -> str:
     digest = _dump(_CONTEXT, context)
     systems().store.update_job(job_id, systems().now(), facts={"context": digest})
     return digest
-
-
-async def _search_all(source: ContextSource, study: Study) -> list[dict[str, Any]]:
-    """Patient and order by their identifiers, then everything else by the patients found."""
-    found = await _search_identity(source, study)
-    for patient in [one for one in found if _type_of(one) == "Patient"][:2]:
-        reference = f"Patient/{patient.get('id', '')}"
-        for kind, params in _ABOUT_A_PATIENT:
-            found += await source.search(kind, {"patient": reference, **params}, limit=200)
-    return found
-
-
-def _type_of(found: dict[str, Any]) -> Any:
-    """The type of a resource, or of the one in a Bundle entry."""
-    return found.get("resource", found).get("resourceType")
-
-
-async def _search_identity(source: ContextSource, study: Study) -> list[dict[str, Any]]:
-    """Whose study it is: patient, order and imaging study by their identifiers."""
-    ehr = systems().settings.ehr
-    system = ehr.patient_identifier_system if ehr else ""
-    token = f"{system}|{study.patient.patient_id}" if system else study.patient.patient_id
-    patients = await source.search("Patient", {"identifier": token}) if study.patient.patient_id else []
-    orders = (
-        await source.search("ServiceRequest", {"identifier": study.accession_number}) if study.accession_number else []
-    )
-    studies = await source.search("ImagingStudy", {"identifier": f"urn:oid:{study.study_instance_uid}"})
-    return [*patients, *orders, *studies]
-
-
-_ABOUT_A_PATIENT: tuple[tuple[str, dict[str, str]], ...] = (
-    # By code, since not every EHR states a category; the newest come first, so a limit cuts off the oldest.
-    ("Observation", {"code": ",".join(f"{LOINC}|{code}" for code in LABS), "_sort": "-date"}),
-    ("Condition", {}),
-    ("AllergyIntolerance", {}),
-    ("DiagnosticReport", {"_sort": "-date"}),
-)
 
 
 @DBOS.step()
@@ -332,14 +294,18 @@ def _find_former_patient(job: StudyJob, study: Study) -> tuple[str, ...]:
 def _hold_unless_accepted(job_id: str, study: Study, context: ClinicalContext, disagreements: tuple[str, ...]) -> str:
     """Who released the study in spite of these disagreements; empty where there is nothing to hold for. Raises Stopped
     (held) for one that nobody accepted, or where images or EHR say something else now."""
+    store, now = systems().store, systems().now()
     if not disagreements or (systems().context is None and not systems().configured()):
+        store.update_job(job_id, now, facts={"released_despite": None})
         return ""
     identity = digest_identity(study, context)
-    accepted = systems().store.job(job_id).facts.get("accepted", {})
-    if accepted.get("identity") == identity and set(disagreements) <= set(accepted["reasons"]):
-        return str(accepted["person"])
-    systems().store.update_job(job_id, systems().now(), facts={"held_identity": identity})
-    raise Stopped("held", disagreements)
+    accepted = store.job(job_id).facts.get("accepted", {})
+    if accepted.get("identity") != identity or not set(disagreements) <= set(accepted["reasons"]):
+        store.update_job(job_id, now, facts={"held_identity": identity})
+        raise Stopped("held", disagreements)
+    person = str(accepted["person"])
+    store.update_job(job_id, now, facts={"released_despite": {"person": person, "reasons": list(disagreements)}})
+    return person
 
 
 @DBOS.step()
@@ -353,6 +319,43 @@ async def apply_rules(job_id: str, route: Route, context: str, wanted: str) -> R
         if final["protocol"] != route["protocol"]:
             watch.detail += f", to be read by protocol {final['protocol']}"
         return final
+
+
+# Priors
+
+
+@DBOS.step()
+async def find_priors(job_id: str, route: Route, context: str) -> str:
+    """Find earlier studies of the patient that the protocol would read, in our own memory, the PACS and the EHR; the
+    digest of what was found. A system that does not answer is named in the result and stops nothing."""
+    async with _run("priors", job_id) as watch:
+        here, study = systems(), _load(_STUDY, route["study"])
+        protocol, known = here.protocols[route["protocol"]].protocol, _load(_CONTEXT, context)
+        own = await asyncio.to_thread(find_own, here.store, here.heard, here.artifacts, study, protocol)
+        silent: list[str] = []
+        in_pacs, in_ehr = [], []
+        if here.pacs is not None and study.patient.patient_id:
+            names = await asyncio.to_thread(here.heard.names_of, study.patient.patient_id, study.patient.issuer)
+            in_pacs = await _or_nothing(find_in_pacs(here.pacs, names, study, protocol), "PACS", silent)
+        if here.context is not None and known.patient is not None:
+            in_ehr = await _or_nothing(
+                find_in_ehr(here.context, known.patient.reference, study, protocol), "EHR", silent
+            )
+        found = join_priors(own, in_pacs, in_ehr)
+        was_searched = bool(own) or here.pacs is not None or known.patient is not None
+        compared = sum(1 for _, digest in found if digest)
+        watch.detail = (
+            f"{len(found)} found, {compared} of them read here" if was_searched else "nowhere to look for them"
+        )
+        return _dump(_PRIORS, Priors(found, was_searched, tuple(silent)))
+
+
+async def _or_nothing(search: Awaitable[list[PriorStudy]], system: str, silent: list[str]) -> list[PriorStudy]:
+    try:
+        return await search
+    except ConnectorError:
+        silent.append(f"Priors were not looked for in the {system}: it did not answer.")
+        return []
 
 
 # Reading
@@ -412,19 +415,24 @@ def _kept_arrays(digest: str) -> dict[str, np.ndarray[Any, Any]]:
 
 
 @DBOS.step()
-async def derive_findings(job_id: str, images: Images, route: Route, context: str, answered: Answered) -> str:
-    """Measure, place and score everything the model drew; the digest of the findings. Nothing to retry."""
+async def derive_findings(
+    job_id: str, images: Images, route: Route, context: str, priors: str, answered: Answered
+) -> str:
+    """Measure, place and score everything the model drew, and compare it with the last prior; the digest of the
+    findings. Nothing to retry."""
     async with _run("findings", job_id) as watch:
-        findings = await asyncio.to_thread(_derive, job_id, images, route, context, answered)
+        findings = await asyncio.to_thread(_derive, job_id, images, route, context, priors, answered)
         digest = _dump(_FINDINGS, findings)
         systems().store.update_job(job_id, systems().now(), facts={"answer": dict(answered)})
         watch.detail = _summary(findings)
         return digest
 
 
-def _derive(job_id: str, images: Images, route: Route, context_digest: str, answered: Answered) -> Findings:
+def _derive(
+    job_id: str, images: Images, route: Route, context_digest: str, priors_digest: str, answered: Answered
+) -> Findings:
     protocol, study, roles, loaded = _role_images(images, route)
-    context = _load(_CONTEXT, context_digest)
+    context, priors = _load(_CONTEXT, context_digest), _load(_PRIORS, priors_digest)
     job = systems().store.job(job_id)
     began = run_started_at(job)
     on = study.study_date or began.date()
@@ -444,9 +452,20 @@ def _derive(job_id: str, images: Images, route: Route, context_digest: str, answ
         psa_reason=reason,
         roles=roles,
         volumes=loaded.volumes,
+        warnings=(*_released_warnings(job), *priors.silent),
     )
     findings = tensors_to_findings(_kept_arrays(answered["arrays"]), reading)
+    if priors.was_searched:
+        artifacts = systems().artifacts
+        known = [(p, load_findings(artifacts, digest, study) if digest else None) for p, digest in priors.found]
+        findings = with_comparison(findings, known)
     return _as_revision(findings, job)
+
+
+def _released_warnings(job: StudyJob) -> tuple[str, ...]:
+    """What a person released the study in spite of: whoever reads the draft must know."""
+    despite = job.facts.get("released_despite") or {"person": "", "reasons": ()}
+    return tuple(f"Released by {despite['person']} although {reason}." for reason in despite["reasons"])
 
 
 def _as_revision(findings: Findings, job: StudyJob) -> Findings:
@@ -567,7 +586,8 @@ async def _check_identity_again(job_id: str, study: Study) -> None:
     context = _load(_CONTEXT, job.facts["context"])
     if here.context is not None:
         with contextlib.suppress(ConnectorError):
-            context = _read_context(await _search_identity(here.context, study), study)
+            found = await search_identity(here.context, study, _identifier_system())
+            context = read_chart(found, study, _context_name(), here.heard)
     _hold_unless_accepted(job_id, study, context, _find_disagreements(job, study, context))
 
 
@@ -585,71 +605,3 @@ async def conclude(job_id: str, workflow: str, state: str, reasons: list[str]) -
     telemetry.JOBS.labels(state).inc()
     telemetry.log("reading ended", job_id=job_id, state=state)
     return workflow_id(store.job(job_id)) if is_asked_again else ""
-
-
-# Deliveries
-
-
-@DBOS.step()
-async def list_deliveries(job_id: str, destination: str) -> list[str]:
-    """The deliveries of a job to one destination that are not settled yet, in order."""
-    everything = systems().store.deliveries(job_id=job_id)
-    settled = ("delivered", "dead", "ambiguous")
-    return [d.delivery_id for d in everything if d.destination == destination and d.state not in settled]
-
-
-class Attempted(TypedDict):
-    """How one attempt ended, and how long to wait before the next (seconds)."""
-
-    state: str
-    wait_s: float
-
-
-@DBOS.step()
-async def attempt_delivery(delivery_id: str, attempt: int) -> Attempted:
-    """Send one artifact once and remember what the destination said. The workflow waits and calls again."""
-    store, now, retry = systems().store, systems().now, systems().settings.retry
-    before = store.delivery(delivery_id)
-    if before.state in ("delivered", "dead", "ambiguous"):  # settled meanwhile: sent, or superseded
-        return Attempted(state=before.state, wait_s=0.0)
-    resent = before.state == "in_flight"
-    delivery = store.mark_delivery(delivery_id, now(), "in_flight", attempt=True)
-    outcome = await _send_kept(delivery, resent=resent)
-    if outcome.state == "retrying" and attempt >= retry.attempts:
-        outcome = give_up(outcome, attempt)
-    store.mark_delivery(delivery_id, now(), outcome.state, receipt=outcome.receipt, reason=outcome.reason)
-    telemetry.DELIVERIES.labels(delivery.destination, outcome.state).inc()
-    telemetry.log(
-        "delivery", job_id=delivery.job_id, destination=delivery.destination, state=outcome.state, attempt=attempt
-    )
-    what = f"{delivery.artifact_name} to {delivery.destination}"
-    telemetry.tell(telemetry.Progress(what, outcome.state, outcome.reason or outcome.receipt))
-    return Attempted(state=outcome.state, wait_s=retry.wait_s(attempt, outcome.retry_after_s))
-
-
-async def _send_kept(delivery: Delivery, *, resent: bool) -> Outcome:
-    """Send what the artifact store kept. Every failure ends in a state that people see: of an unexpected one only
-    the RIS may have got something that it must not get twice."""
-    try:
-        data = systems().artifacts.get(delivery.digest)
-    except (FileNotFoundError, ValueError) as error:
-        return Outcome("dead", reason=f"{error}; nothing was sent")
-    except OSError as error:
-        return Outcome("retrying", reason=f"the artifact store cannot be read: {error}")
-    try:
-        return await _send(delivery, data, resent=resent)
-    except Exception as fault:
-        state = "ambiguous" if delivery.destination == "ris" else "dead"
-        return Outcome(state, reason=f"unexpected {type(fault).__name__}: {fault}")
-
-
-async def _send(delivery: Delivery, data: bytes, *, resent: bool) -> Outcome:
-    here = systems()
-    if delivery.destination == "pacs" and here.pacs is not None:
-        return await send_to_pacs(here.pacs, data, here.store.job(delivery.job_id).study_instance_uid)
-    if delivery.destination == "ehr" and here.ehr is not None:
-        return await send_to_ehr(here.ehr, data)
-    if delivery.destination == "ris" and here.ris is not None:
-        safe = here.settings.ris.duplicate_safe if here.settings.ris else False
-        return await send_to_ris(here.ris, data, oru_control_id(delivery), duplicate_safe=safe, resent=resent)
-    return Outcome("dead", reason=f"{delivery.destination} is no longer configured; configure it, then retry")

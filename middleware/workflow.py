@@ -6,7 +6,7 @@ may run twice, so every effect is safe to repeat: its ids derive from the job an
 
 from dbos import DBOS, SetWorkflowID, error
 
-from middleware import steps
+from middleware import delivering, steps
 from middleware.errors import Stopped
 
 
@@ -22,8 +22,9 @@ async def read_study(job_id: str, study_uid: str, wanted_protocol: str = "") -> 
         context = await steps.gather_context(job_id, route)
         await steps.check_identity(job_id, route, context)
         route = await steps.apply_rules(job_id, route, context, wanted_protocol)
+        priors = await steps.find_priors(job_id, route, context)
         answered = await steps.ask_model(job_id, images, route)
-        findings = await steps.derive_findings(job_id, images, route, context, answered)
+        findings = await steps.derive_findings(job_id, images, route, context, priors, answered)
         await steps.render(job_id, images, route, answered, findings)
         await steps.validate(job_id, findings, answered)
         destinations = await steps.plan_release(job_id, route, findings)
@@ -46,10 +47,10 @@ async def read_study(job_id: str, study_uid: str, wanted_protocol: str = "") -> 
 @DBOS.workflow()
 async def deliver(job_id: str, destination: str) -> None:
     """Bring a job's artifacts to one destination, in order; no other destination waits for it or repeats."""
-    for delivery_id in await steps.list_deliveries(job_id, destination):
+    for delivery_id in await delivering.list_deliveries(job_id, destination):
         attempt = 1
-        attempted = await steps.attempt_delivery(delivery_id, attempt)
+        attempted = await delivering.attempt_delivery(delivery_id, attempt)
         while attempted["state"] == "retrying":
             await DBOS.sleep_async(attempted["wait_s"])
             attempt += 1
-            attempted = await steps.attempt_delivery(delivery_id, attempt)
+            attempted = await delivering.attempt_delivery(delivery_id, attempt)

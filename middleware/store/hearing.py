@@ -175,6 +175,19 @@ class HearingStore:
             return False
         return not self.are_same_patient((order.patient_id, ""), (patient_id, ""))
 
+    def names_of(self, patient_id: str, issuer: str) -> list[str]:
+        """This patient id and all that merges moved into the same patient, in order."""
+        with Session(self._engine) as session:
+            records = find_patient(session, patient_id, issuer)
+            survivors = {(find_survivor(session, record) or record).patient_key for record in records}
+            names = {patient_id}
+            if len(survivors) == 1:
+                merged = session.exec(select(PatientRecord).where(PatientRecord.merged_into != "")).all()
+                mine = [one for one in merged if (find_survivor(session, one) or one).patient_key in survivors]
+                survivor = session.get(PatientRecord, next(iter(survivors)))
+                names.update(record.patient_id for record in (*mine, *((survivor,) if survivor else ())))
+            return sorted(names)
+
     def are_same_patient(self, one: tuple[str, str], other: tuple[str, str]) -> bool:
         """Whether two patients (id and authority, empty where not stated) are one, merges followed."""
         with Session(self._engine) as session:

@@ -134,6 +134,12 @@ class Store:
             query = select(StudyJob).where(StudyJob.study_instance_uid == study_instance_uid)
             return list(session.exec(query.order_by(col(StudyJob.created_at))))
 
+    def jobs_of_patient(self, patient_ids: Collection[str]) -> list[StudyJob]:
+        """All jobs of studies whose images name one of these patient ids, of any issuer; the newest study first."""
+        with self._session() as session:
+            query = select(StudyJob).where(col(StudyJob.patient_id).in_(patient_ids), StudyJob.patient_id != "")
+            return list(session.exec(query.order_by(col(StudyJob.study_date).desc(), col(StudyJob.job_id))))
+
     def jobs_in_state(self, *states: str) -> list[StudyJob]:
         """All jobs in one of these states, oldest first."""
         with self._session() as session:

@@ -20,7 +20,7 @@ from connectors.fhir.client import FhirClient
 from connectors.mllp.client import MllpClient
 from connectors.triton.client import TritonClient
 from middleware import app as service
-from middleware import cli, steps
+from middleware import cli, delivering, steps
 from middleware.store.queries import Store
 
 STEPS = {
@@ -28,6 +28,8 @@ STEPS = {
     "route": "choose_protocol",
     "context": "gather_context",
     "identity": "check_identity",
+    "rules": "apply_rules",
+    "priors": "find_priors",
     "inference": "ask_model",
     "findings": "derive_findings",
     "render": "render",
@@ -78,8 +80,8 @@ def _wrap(owner: Any, method: str, name: Callable[..., str]) -> None:
     setattr(owner, method, wrapped)
 
 
-def _wrap_kept(function: str, point: str) -> None:
-    inner = getattr(steps, function)
+def _wrap_kept(owner: Any, function: str, point: str) -> None:
+    inner = getattr(owner, function)
 
     @functools.wraps(inner)
     async def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -87,7 +89,7 @@ def _wrap_kept(function: str, point: str) -> None:
         _come_to(f"{point}.kept")
         return answer
 
-    setattr(steps, function, wrapped)
+    setattr(owner, function, wrapped)
 
 
 def _wrap_run() -> None:
@@ -125,9 +127,10 @@ def main() -> None:
     _wrap_progress()
     _wrap_run()
     for step, function in STEPS.items():
-        _wrap_kept(function, step)
-    for function in ("list_deliveries", "attempt_delivery", "conclude"):
-        _wrap_kept(function, function)
+        _wrap_kept(steps, function, step)
+    for function in ("list_deliveries", "attempt_delivery"):
+        _wrap_kept(delivering, function, function)
+    _wrap_kept(steps, "conclude", "conclude")
     _wrap_async(DicomwebClient, "fetch_study", "pacs-fetch")
     _wrap_async(DicomwebClient, "store", "pacs-store")
     _wrap_async(FhirClient, "search", "ehr-search")
