@@ -25,6 +25,9 @@ SECTIONS = {
     "pacs": "The PACS: a DICOMweb server, or a folder.",
     "ehr": "The EHR's FHIR R4 server.",
     "ris": "The RIS' HL7 listener (MLLP).",
+    "pacs_watch": "Watches the PACS for studies that are new or have changed; not set: it is not watched.",
+    "orthanc_changes": "Reads Orthanc's log of changes; not set: it is not read.",
+    "completeness": "When a study that arrives is read, unless somebody says that it is complete.",
     "hl7_listener": "Our own HL7 v2 listener (MLLP): orders, patients and reports come in here.",
     "triton": "The inference server; not set: the bundled Triton is started.",
 }

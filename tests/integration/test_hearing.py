@@ -41,6 +41,7 @@ class Listening:
                 "triton": {"url": f"{LOOPBACK}:{free_port()}"},
                 "retry": {"attempts": 1, "first_wait_s": 0.1},
                 "hl7_listener": {"port": self.hl7_port},
+                "completeness": {"quiet_s": 0.5, "longest_wait_s": 1.0, "look_every_s": 0.2},
             },
         )
         self.service.start("tests.hearing_service:main")
@@ -76,7 +77,8 @@ class Listening:
         """The study's only job once its reading has ended."""
         return until(
             lambda: next(
-                (j for j in self.store.jobs_of_study(study_uid) if j.state not in ("accepted", "reading")), None
+                (j for j in self.store.jobs_of_study(study_uid) if j.state not in ("waiting", "accepted", "reading")),
+                None,
             )
         )
 
@@ -275,12 +277,14 @@ def complete(site: Listening, control_id: str, accession: str, study_uid: str) -
 
 
 def assert_read_once(site: Listening, study_uid: str) -> None:
-    (key,) = site.events(study_uid)
-    assert key.startswith("hl7:")
-    assert key.endswith(study_uid)
-    time.sleep(1.5)  # another look at all orders
-    assert site.events(study_uid) == [key]
+    until(lambda: site.store.jobs_of_study(study_uid))
     assert site.end_of(study_uid).state == "unmatched"
+    keys = site.events(study_uid)
+    assert all(key.startswith("order:") and key.endswith(study_uid) for key in keys)
+    time.sleep(1.5)  # another look at all orders
+    assert site.events(study_uid) == keys
+    (job,) = site.store.jobs_of_study(study_uid)
+    assert job.facts["run"] <= 1
 
 
 def test_study_of_a_completed_order_is_read_once_by_its_uid(site: Listening) -> None:
@@ -318,11 +322,19 @@ def test_wildcard_in_an_accession_number_reads_nothing(site: Listening) -> None:
     assert site.store.jobs_of_study(study_uid) == []
 
 
-def test_requested_cancelled_and_held_orders_read_nothing(site: Listening) -> None:
+def test_cancelled_order_reads_nothing(site: Listening) -> None:
+    study_uid = add_study(site, "cancelled", AccessionNumber="A-cancelled")
+    site.send_ok(write_order("cancelled-0", "CA", ("P-cancelled", "", "A-cancelled", ""), patient="MRN-CANARY"))
+    site.applied("cancelled-0")
+    time.sleep(1.5)
+    assert site.store.jobs_of_study(study_uid) == []
+
+
+def test_order_on_hold_reads_nothing_until_it_is_resumed(site: Listening) -> None:
     study_uid = add_study(site, "not-yet", AccessionNumber="A-not")
-    for n, (control, status) in enumerate((("NW", ""), ("SC", "IP"), ("HD", ""), ("SC", "CM"))):
+    for n, (control, status) in enumerate((("HD", ""), ("SC", "IP"), ("SC", "CM"))):
         site.send_ok(write_order(f"not-{n}", control, ("P-not", "", "A-not", ""), status=status, patient="MRN-CANARY"))
-    site.applied("not-3")
+    site.applied("not-2")
     time.sleep(1.5)
     assert site.store.jobs_of_study(study_uid) == []
     site.send_ok(write_order("not-4", "RL", ("P-not", "", "A-not", ""), patient="MRN-CANARY"))
