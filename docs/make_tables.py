@@ -24,6 +24,7 @@ SECTIONS = {
     "retry": "How long Wetread keeps trying a system that may come back.",
     "pacs": "The PACS: a DICOMweb server, or a folder.",
     "ehr": "The EHR's FHIR R4 server.",
+    "ehr_events": "What the EHR tells by FHIR Subscriptions: orders, imaging studies, merged patients.",
     "ris": "The RIS' HL7 listener (MLLP).",
     "hl7_listener": "Our own HL7 v2 listener (MLLP): orders, patients and reports come in here.",
     "triton": "The inference server; not set: the bundled Triton is started.",

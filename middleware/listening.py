@@ -37,7 +37,8 @@ async def listen_to_hl7(systems: Systems, start_reading: StartReading) -> AsyncI
         return
     site = systems.settings.site
     own_name = (site.sending_application, site.sending_facility)
-    policy = HearingPolicy(frozenset(config.processing_ids), systems.settings.zone, own_name)
+    numbers = systems.settings.number_systems
+    policy = HearingPolicy(frozenset(config.processing_ids), systems.settings.zone, own_name, numbers)
     hearing = Hearing(systems.heard, policy, systems.now)
     hearing.arrived.set()
     writing = asyncio.create_task(hearing.write_forever())

@@ -10,6 +10,7 @@ from middleware.intake.protocols import LoadedProtocol
 from middleware.ports import ContextSource, Ehr, ImageArchive, ImageSource, ModelServer, Ris
 from middleware.settings import Settings
 from middleware.store.artifacts import ArtifactStore
+from middleware.store.ehr_events import EhrEventStore
 from middleware.store.hearing import HearingStore
 from middleware.store.queries import Store
 
@@ -21,6 +22,7 @@ class Systems:
     settings: Settings
     store: Store
     heard: HearingStore
+    ehr_events: EhrEventStore
     artifacts: ArtifactStore
     protocols: Mapping[str, LoadedProtocol]
     templates: jinja2.Environment
