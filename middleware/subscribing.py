@@ -182,5 +182,5 @@ class _Listener:
         for reference in references:
             count = await self._subscriptions.count_events(reference)
             known = await asyncio.to_thread(self._store.subscription, reference)
-            if count is not None and known is not None and count != known.last_event:
+            if count is not None and known is not None:
                 self._notices.note_count(reference, known.last_event, count)

@@ -45,15 +45,14 @@ def read_notification(bundle: object) -> Notification:
     if resource.get("resourceType") != "Bundle" or resource.get("type") != "history":
         raise UnreadableNotification("the body is no Bundle of type history")
     entries = as_list(resource.get("entry"))
-    status = _to_values(as_dict(as_dict(entries[0]).get("resource"))) if entries else None
-    if status is None:
-        raise UnreadableNotification("the first entry is no status (Parameters or SubscriptionStatus)")
-    return read_status(status)
+    return read_status(as_dict(as_dict(entries[0]).get("resource")) if entries else {})
 
 
 def read_status(resource: Json) -> Notification:
     """The notification in its status, a Parameters or SubscriptionStatus. Raises UnreadableNotification."""
-    values = _to_values(resource) or {}
+    values = _to_values(resource)
+    if values is None:
+        raise UnreadableNotification("the first entry is no status (Parameters or SubscriptionStatus)")
     kind, subscription = as_text(values.get("type")), as_text(as_dict(values.get("subscription")).get("reference"))
     if kind not in get_args(NotificationType):
         raise UnreadableNotification("the status names no type of notification")
@@ -91,8 +90,7 @@ _NAMES = {
 
 
 def _to_values(resource: Json) -> Json | None:
-    """The status as a SubscriptionStatus has it; a status that is wrapped (the answer of `$status`) is given as it is.
-    None for any other resource."""
+    """The status as a SubscriptionStatus has it; None for any other resource."""
     if resource.get("resourceType") == "SubscriptionStatus":
         return resource
     return _parameters(resource.get("parameter")) if resource.get("resourceType") == "Parameters" else None

@@ -46,6 +46,7 @@ class EhrNotices:
         self._token = token.encode()
         self._store = store
         self._pending = Pending()
+        self._told: dict[str, int] = {}
 
     def is_signed(self, authorization: str) -> bool:
         """Whether a callback's Authorization header holds our token; it takes as long for any other."""
@@ -85,23 +86,31 @@ class EhrNotices:
 
     def note(self, told: Notification, last_event: int) -> None:
         """Take in what a notification announces of a subscription whose events were read up to `last_event`."""
-        last = max(last_event, self._pending.events.get(told.subscription, 0))
-        latest = told.latest
+        last, latest = self._last_told(told.subscription, last_event), told.latest
         if told.type == "event-notification":
             first = min(told.event_numbers, default=latest)
             self._note_gap(told.subscription, last + 1, (first or 0) - 1)
             self._note_focuses(told.focuses)
-            self._pending.events[told.subscription] = max(last, latest or 0)
-            self.wanted.set()
-        elif latest is not None and latest != last:
+            self._note_latest(told.subscription, max(last, latest or 0))
+        elif latest is not None:
             self.note_count(told.subscription, last, latest)
 
-    def note_count(self, subscription: str, last: int, count: int) -> None:
-        """The server counts so many events, we `last`: events were missed, or the server began to count anew."""
+    def note_count(self, subscription: str, last_event: int, count: int) -> None:
+        """Take in how many events the server counts of a subscription whose events were read up to `last_event`: where
+        it is another number than it told, events were missed, or it began to count anew."""
+        last = self._last_told(subscription, last_event)
         if count < last:
             telemetry.log("the EHR counts its events anew", source="fhir")
         self._note_gap(subscription, last + 1, count)
-        self._pending.events[subscription] = count
+        if count != last:
+            self._note_latest(subscription, count)
+
+    def _last_told(self, subscription: str, last_event: int) -> int:
+        """The latest event that is read or about to be."""
+        return self._told.get(subscription, last_event)
+
+    def _note_latest(self, subscription: str, number: int) -> None:
+        self._told[subscription] = self._pending.events[subscription] = number
         self.wanted.set()
 
     def _note_gap(self, subscription: str, first: int, last: int) -> None:
