@@ -15,7 +15,7 @@ from urllib.parse import parse_qsl
 
 from mappings.outputs.subscription import Wanted
 from middleware import telemetry
-from middleware.intake.ehr_notices import EhrNotices, Pending
+from middleware.intake.ehr_notices import MAX_NAMED, EhrNotices, Pending
 from middleware.intake.ehr_reading import EhrReader, ReadingPolicy, Stream
 from middleware.intake.ehr_subscriptions import EhrSubscriptions
 from middleware.intake.hearing import Hearing
@@ -98,40 +98,44 @@ class _Listener:
         self._subscriptions = subscriptions
         self._store = store
         self._settings, self._retry = settings
-        self._written_at: dict[str, float] = {}
+        self._asked_at: dict[str, float] = {}
         self._was_active = False
 
     # Reading
 
     async def read_forever(self) -> None:
-        """Read at once, then whenever something is noticed, and every `poll_s` in any case."""
+        """Read at once, then whenever something is noticed, and every `poll_s` in any case; after a failure sooner."""
         failures = 0
         while True:
             pending = self._notices.collect()
+            wait_s = self._settings.poll_s
             try:
                 await self._read(pending)
                 failures = 0
             except Exception as error:  # the EHR, the store or what an answer holds: none of them ends the service
                 failures += 1
                 self._notices.put_back(pending)
-                telemetry.log("EHR not read", source="fhir", kind=type(error).__name__, attempt=failures)
-                await asyncio.sleep(self._retry.wait_s(failures, getattr(error, "retry_after_s", None)))
-                continue
+                telemetry.log("EHR not read up to now", source="fhir", kind=type(error).__name__, attempt=failures)
+                wait_s = min(wait_s, self._retry.wait_s(failures, getattr(error, "retry_after_s", None)))
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._notices.wanted.wait(), self._settings.poll_s)
+                await asyncio.wait_for(self._notices.wanted.wait(), wait_s)
             await asyncio.sleep(GATHER_S)
 
     async def _read(self, pending: Pending) -> None:
-        named = dict(pending.focuses)
-        for reference, first, last in pending.gaps:
-            missed = await self._subscriptions.missed_events(reference, first, last)
-            named |= dict.fromkeys(missed.focuses if missed else ())
-        count = await self._reader.read_named(named) if named else 0
-        count += await self._reader.catch_up()
+        count = await self._reader.catch_up() + await self._read_named(pending)
         for reference, number in pending.events.items():
             await asyncio.to_thread(self._store.set_last_event, reference, number)
         if count:
             telemetry.log("EHR read", source="fhir", count=count)
+
+    async def _read_named(self, pending: Pending) -> int:
+        """Read what notifications name, and missed ones would have: the search may not show it, where the EHR's clock
+        was set back."""
+        named = dict(pending.focuses)
+        for reference, (first, last) in pending.gaps.items():
+            missed = await self._subscriptions.missed_events(reference, first, last)
+            named |= dict.fromkeys(missed.focuses[:MAX_NAMED] if missed else ())
+        return await self._reader.read_named(named) if named else 0
 
     # Subscriptions
 
@@ -158,13 +162,12 @@ class _Listener:
         self._notices.doubted.clear()
         with self._notices.registering():
             checked = await self._subscriptions.check(self._silent())
-        if checked.wrote:
-            self._written_at = dict.fromkeys(checked.references, time.monotonic())
-        if not checked.active:
-            self._was_active = False
-        elif checked.wrote or not self._was_active:
-            self._was_active = True
+        now = time.monotonic()
+        self._asked_at = {name: self._asked_at.get(name, now) for name in checked.references}
+        self._asked_at |= dict.fromkeys(checked.written, now)
+        if checked.active and (checked.written or not self._was_active):
             self._notices.wanted.set()
+        self._was_active = checked.active
         if self._notices.is_backport:
             await self._compare_counts(checked.references)
         return checked.active
@@ -174,7 +177,7 @@ class _Listener:
         if not (self._notices.is_backport and self._settings.heartbeat_s):
             return []
         long_ago = time.monotonic() - self._settings.heartbeat_s * SILENT_PERIODS
-        heard = {name: max(at, self._notices.heard_at.get(name, 0.0)) for name, at in self._written_at.items()}
+        heard = {name: max(at, self._notices.heard_at.get(name, 0.0)) for name, at in self._asked_at.items()}
         return [name for name, at in heard.items() if at < long_ago]
 
     async def _compare_counts(self, references: tuple[str, ...]) -> None:

@@ -33,6 +33,7 @@ class BackportServer(ThreadingHTTPServer):
         self.requests: list[str] = []
         self.drops = 0
         self.down = False
+        self.refused: set[str] = set()
         self.page_size = 100
         self.next_link = ""
         self.clock = timedelta()
@@ -132,6 +133,9 @@ class BackportServer(ThreadingHTTPServer):
         parts = path.removeprefix("/fhir/").split("/")
         if self.down:
             return 503, _outcome("down")
+        about = f"{parts[0]} {self.topics.get(body.get('criteria', ''), '')}".strip()
+        if about in self.refused:
+            return 403, _outcome("not allowed")
         if parts[-1] == "$status" and self.has_status:
             status = self.status("/".join(parts[:2]), "query-status")
             return 200, {"resourceType": "Bundle", "type": "searchset", "entry": [{"resource": status}]}

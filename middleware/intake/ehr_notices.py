@@ -1,7 +1,7 @@
 """What the EHR's callbacks say, until the next reading: that there is something, and which events were missed.
 
-A callback changes nothing that is remembered. It makes us look at the EHR, soon and once for all that came meanwhile,
-so a forged or repeated one costs a search at most.
+A callback brings nothing into the inbox. It makes us look at the EHR, soon and once for all that came meanwhile, so a
+forged or repeated one costs a search at most.
 """
 
 import asyncio
@@ -25,11 +25,11 @@ class UnknownSubscription(Exception):
 
 @dataclass
 class Pending:
-    """What is to be done at the next reading: resources named, gaps (subscription, first and last event missed), and
-    the event number up to which each subscription is read then."""
+    """What is to be done at the next reading: resources named, the first and last event that each subscription missed,
+    and the event up to which each is read then."""
 
     focuses: dict[str, None] = field(default_factory=dict)
-    gaps: list[tuple[str, int, int]] = field(default_factory=list)
+    gaps: dict[str, tuple[int, int]] = field(default_factory=dict)
     events: dict[str, int] = field(default_factory=dict)
 
 
@@ -116,7 +116,11 @@ class EhrNotices:
     def _note_gap(self, subscription: str, first: int, last: int) -> None:
         if first <= last:
             telemetry.log("notifications missed", source="fhir", count=last - first + 1)
-            self._pending.gaps.append((subscription, first, last))
+            self._widen_gap(self._pending, subscription, (first, last))
+
+    def _widen_gap(self, pending: Pending, subscription: str, gap: tuple[int, int]) -> None:
+        known = pending.gaps.get(subscription, gap)
+        pending.gaps[subscription] = (min(known[0], gap[0]), max(known[1], gap[1]))
 
     def _note_focuses(self, focuses: tuple[str, ...]) -> None:
         for focus in focuses:
@@ -130,9 +134,9 @@ class EhrNotices:
         return collected
 
     def put_back(self, pending: Pending) -> None:
-        """The reading failed: what was to be read waits on, and what came meanwhile after it."""
+        """The reading failed: what was to be read waits on, with what came meanwhile."""
         pending.focuses |= self._pending.focuses
-        pending.gaps += self._pending.gaps
         pending.events |= self._pending.events
+        for subscription, gap in self._pending.gaps.items():
+            self._widen_gap(pending, subscription, gap)
         self._pending = pending
-        self.wanted.set()

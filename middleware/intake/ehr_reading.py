@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+from connectors.errors import ConnectorError
 from mappings.inputs.fhir_elements import as_dict, as_text, parse_moment
 from mappings.inputs.fhir_to_event import is_merged_away, references_of
 from middleware import telemetry
@@ -28,6 +29,7 @@ BATCH = 500
 """Resources that are read, and committed, at a time."""
 IDS_A_SEARCH = 40
 """So that the URL stays short."""
+EARLIEST = datetime(1970, 1, 2, tzinfo=UTC)
 
 _ID = re.compile(r"[A-Za-z0-9\-.]{1,64}")
 
@@ -69,9 +71,18 @@ class EhrReader:
         self._now = now
 
     async def catch_up(self) -> int:
-        """Bring into the inbox what changed since the last time; how many versions were new. Raises ConnectorError
-        where the EHR does not give it; what was read until then stays read."""
-        return sum([await self._read_stream(stream) for stream in self._policy.streams])
+        """Bring into the inbox what changed since the last time; how many versions were new. Where the EHR does not
+        give one kind of resource, the others are read; then raises that ConnectorError."""
+        count, errors = 0, []
+        for stream in self._policy.streams:
+            try:
+                count += await self._read_stream(stream)
+            except ConnectorError as error:
+                telemetry.log("EHR not read", source="fhir", step=stream.resource_type, kind=type(error).__name__)
+                errors.append(error)
+        if errors:
+            raise errors[0]
+        return count
 
     async def read_named(self, references: Collection[str]) -> int:
         """Bring the resources of these `Type/id` into the inbox, as far as they belong to a stream."""
@@ -82,8 +93,11 @@ class EhrReader:
 
     async def _read_stream(self, stream: Stream) -> int:
         name = f"{self._policy.url} {stream.resource_type} {json.dumps(stream.parameters)}"
-        mark = await asyncio.to_thread(self._marks.read_until, name) or await self._first_mark(stream)
-        since = mark - self._policy.overlap if mark else None
+        mark = await asyncio.to_thread(self._marks.read_until, name)
+        if mark is None:
+            mark = await self._first_mark(stream)
+            await asyncio.to_thread(self._marks.move_watermark, name, mark)
+        since = mark - self._policy.overlap
         limit, count, is_last = BATCH, 0, False
         while not is_last:
             batch, is_last = await self._search_since(stream, since, limit)
@@ -94,22 +108,22 @@ class EhrReader:
             # Not beyond our own clock: had the EHR's once run ahead, nothing would be found until then.
             await asyncio.to_thread(self._marks.move_watermark, name, min(newest, self._now()))
             # A batch of one and the same moment can only be passed as a whole.
-            limit = BATCH if since is None or newest > since else limit * 2
+            limit = BATCH if newest > since else limit * 2
             since = newest
         return count
 
-    async def _first_mark(self, stream: Stream) -> datetime | None:
-        """Where to begin in an EHR that was never read: a while before its latest change, by its own clock."""
+    async def _first_mark(self, stream: Stream) -> datetime:
+        """Where to begin in an EHR that was never read: a while before its latest change, by its own clock; where it
+        has nothing yet, everything that comes is new."""
         parameters = {**dict(stream.parameters), "_sort": "-_lastUpdated", "_count": "1"}
         found = await self._ehr.search(stream.resource_type, parameters, limit=1)
         latest = _updated_at(found[0]) if found else None
-        return latest - self._policy.first_look_back if latest else None
+        return min(latest, self._now()) - self._policy.first_look_back if latest else EARLIEST
 
-    async def _search_since(self, stream: Stream, since: datetime | None, limit: int) -> tuple[list[Json], bool]:
+    async def _search_since(self, stream: Stream, since: datetime, limit: int) -> tuple[list[Json], bool]:
         """The earliest changes from then on, and whether that is all of them."""
-        parameters = {**dict(stream.parameters), "_sort": "_lastUpdated", "_count": "100"}
-        if since:
-            parameters["_lastUpdated"] = f"ge{_instant(since)}"
+        order = {"_lastUpdated": f"ge{_instant(since)}", "_sort": "_lastUpdated", "_count": "100"}
+        parameters = {**dict(stream.parameters), **order}
         found = await self._ehr.search(stream.resource_type, parameters, limit=limit)
         if len(found) < limit:
             return found, True
@@ -123,6 +137,8 @@ class EhrReader:
         keys = {_key(self._policy.name, r): r for r in resources if _is_heard(r)}
         known = await asyncio.to_thread(self._heard.keys_kept, list(keys))
         fresh = {key: resource for key, resource in keys.items() if key not in known}
+        if not fresh:
+            return 0
         others = await self._resolve(fresh.values())
         kept = await self._keep([self._arrived(key, resource, others) for key, resource in fresh.items()])
         for one in kept:

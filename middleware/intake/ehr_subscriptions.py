@@ -5,7 +5,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from connectors.errors import Permanent
+from connectors.errors import ConnectorError
 from mappings.inputs.fhir_elements import as_dict, as_list
 from mappings.inputs.fhir_to_notification import Notification, UnreadableNotification, read_notification, read_status
 from mappings.outputs.subscription import Wanted, build_subscription, differs, is_of
@@ -21,11 +21,11 @@ STOPPED = ("error", "off")
 
 @dataclass(frozen=True)
 class Checked:
-    """What a look at our subscriptions found: how they are called there, whether any was written (so that events may
-    have been missed before), and whether all of them are active."""
+    """What a look at our subscriptions found: how they are called there, which were written (so that events may have
+    been missed before), and whether all that we want are active."""
 
     references: tuple[str, ...]
-    wrote: bool
+    written: tuple[str, ...]
     active: bool
 
 
@@ -40,32 +40,39 @@ class EhrSubscriptions:
 
     async def check(self, silent: Collection[str] = ()) -> Checked:
         """Make sure that each of them is there and at work; those of `silent` are asked for anew whatever the server
-        says of them. Raises ConnectorError where the EHR does not let us."""
-        checked = [await self._check(wanted, silent) for wanted in self._wanted]
-        return Checked(
-            tuple(reference for reference, _, _ in checked),
-            wrote=any(wrote for _, wrote, _ in checked),
-            active=all(status == "active" for _, _, status in checked),
-        )
+        says of them. One that the EHR does not let us have stops none of the others."""
+        there, written = {}, []
+        for wanted in self._wanted:
+            try:
+                subscription, is_written = await self._check(wanted, silent)
+            except ConnectorError as error:
+                telemetry.log("EHR not subscribed to", source="fhir", kind=type(error).__name__)
+                continue
+            there[_name(subscription)] = _status(subscription)
+            written += [_name(subscription)] if is_written else []
+        active = len(there) == len(self._wanted) and set(there.values()) == {"active"}
+        return Checked(tuple(there), tuple(written), active)
 
-    async def _check(self, wanted: Wanted, silent: Collection[str]) -> tuple[str, bool, str]:
-        there = await self._ehr.search("Subscription", {"url": _escaped(wanted.endpoint)})
-        ours = sorted((one for one in there if is_of(one, wanted)), key=lambda one: _RANK.get(_status(one), 9))
+    async def _check(self, wanted: Wanted, silent: Collection[str]) -> tuple[Json, bool]:
+        """The subscription as the server has it now, and whether we wrote it."""
+        found = await self._ehr.search("Subscription", {"url": _escaped(wanted.endpoint)})
+        ours = sorted((one for one in found if is_of(one, wanted)), key=lambda one: _RANK.get(_status(one), 9))
         for surplus in ours[1:]:
             await self._turn_off(surplus)
-        if not ours:
-            condition = {"url": _escaped(wanted.endpoint), "criteria:exact": _escaped(wanted.criteria)}
-            subscription, wrote = await self._ehr.create(build_subscription(wanted), if_none_exist=condition), True
-        else:
-            subscription, wrote = ours[0], False
-            if _status(subscription) in STOPPED or differs(subscription, wanted) or _name(subscription) in silent:
-                subscription = await self._ehr.update(build_subscription(wanted, str(subscription["id"])))
-                wrote = True
-        if wrote:
+        subscription, is_written = await self._write(wanted, ours[0] if ours else None, silent)
+        if is_written:
             telemetry.log("subscription written", source="fhir", state=_status(subscription))
         key = f"{self._url} {wanted.endpoint} {wanted.criteria}"
         await asyncio.to_thread(self._store.remember_subscription, key, _name(subscription))
-        return _name(subscription), wrote, _status(subscription)
+        return subscription, is_written
+
+    async def _write(self, wanted: Wanted, there: Json | None, silent: Collection[str]) -> tuple[Json, bool]:
+        if there is None:
+            condition = {"url": _escaped(wanted.endpoint), "criteria:exact": _escaped(wanted.criteria)}
+            return await self._ehr.create(build_subscription(wanted), if_none_exist=condition), True
+        if _status(there) in STOPPED or differs(there, wanted) or _name(there) in silent:
+            return await self._ehr.update(build_subscription(wanted, str(there["id"]))), True
+        return there, False
 
     async def _turn_off(self, surplus: Json) -> None:
         """A second one of the same would tell everything twice."""
@@ -78,7 +85,7 @@ class EhrSubscriptions:
             answer = await self._ehr.operation(reference, "$status", {})
             entries = [as_dict(as_dict(entry).get("resource")) for entry in as_list(answer.get("entry"))]
             counts = [status.events_since_start for status in map(read_status, entries or [answer])]
-        except (Permanent, UnreadableNotification):  # a server need not have it
+        except (ConnectorError, UnreadableNotification):  # a server need not have it
             return None
         return next((count for count in counts if count is not None), None)
 
@@ -87,7 +94,7 @@ class EhrSubscriptions:
         numbers = {"eventsSinceNumber": str(since), "eventsUntilNumber": str(until)}
         try:
             return read_notification(await self._ehr.operation(reference, "$events", numbers))
-        except (Permanent, UnreadableNotification):
+        except (ConnectorError, UnreadableNotification):
             return None
 
 

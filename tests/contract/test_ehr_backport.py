@@ -337,6 +337,18 @@ def test_missed_events_show_in_the_servers_own_count(tmp_path: Path) -> None:
         until(lambda: site.is_applied(name))
 
 
+@pytest.mark.parametrize("kind", ["Patient", "ImagingStudy"])
+def test_what_the_ehr_refuses_stops_nothing_else(tmp_path: Path, kind: str) -> None:
+    """No right to search patients, and no topic for studies; orders are heard at once all the same."""
+    ehr = BackportServer(TOPICS)
+    ehr.refused = {kind, f"Subscription {kind}"}
+    with hearing(tmp_path, ehr, poll_s=600) as site:
+        until(lambda: "active" in site.statuses())
+        until(lambda: f'"step": "{kind}"' in site.service.log())
+        name = site.order()
+        until(lambda: site.is_applied(name))
+
+
 def test_poll_finds_what_no_notification_tells(tmp_path: Path) -> None:
     with hearing(tmp_path, poll_s=0.3) as site:
         until(lambda: site.statuses() == ["active", "active"])
