@@ -313,3 +313,24 @@ def test_subscription_of_another_token_is_written_anew_and_a_second_one_turned_o
     until(lambda: [states for states in [_states(watchful)] if states[:2] == right and states[2][0] == "off"])
     watchful.http.delete(f"Subscription/{surplus['id']}")
     assert_hears(watchful)
+
+
+IMAGING = {"coding": [{"system": "http://snomed.info/sct", "code": "363679005"}]}
+
+
+def test_filter_narrows_what_is_heard_and_subscribed_to(tmp_path: Path, ehr: RunningEhr) -> None:
+    site = Hospital(
+        tmp_path / "service", ehr, filters={"ServiceRequest": "category=http://snomed.info/sct|363679005"}, check_s=0.5
+    )
+    site.start()
+    try:
+        until(site.are_active)
+        other = site.order(accession(), site.patient())
+        imaging = site.order(accession(), site.patient(), category=[IMAGING])
+        until(lambda: site.heard(imaging))
+        assert site.heard(other) == []
+        assert site.are_active(), "found again by its criteria, not made twice"
+    finally:
+        assert site.service.stop() == 0
+        for one in site.subscriptions():
+            site.http.delete(f"Subscription/{one['id']}")
