@@ -42,9 +42,9 @@ async def listen_to_ehr(systems: Systems, hearing: Hearing | None) -> AsyncItera
     store = systems.ehr_events
     notices = EhrNotices(settings.token.get_secret_value(), store, is_backport=settings.kind == "backport")
     policy = _reading_policy(settings, systems.settings.ehr.name, systems.settings.ehr.url)
-    reader = EhrReader(systems.ehr, (store, systems.heard), hearing.keep, policy, systems.now)
+    reader = EhrReader(systems.ehr, store, systems.heard, hearing.keep, policy, systems.now)
     subscriptions = EhrSubscriptions(systems.ehr, store, wanted_subscriptions(settings), policy.url)
-    listener = _Listener(notices, reader, subscriptions, store, (settings, systems.settings.retry))
+    listener = _Listener(notices, reader, subscriptions, store, settings, systems.settings.retry)
     tasks = [asyncio.create_task(listener.read_forever()), asyncio.create_task(listener.subscribe_forever())]
     try:
         yield notices
@@ -91,13 +91,15 @@ class _Listener:
         reader: EhrReader,
         subscriptions: EhrSubscriptions,
         store: EhrEventStore,
-        settings: tuple[EhrEventSettings, RetrySettings],
+        settings: EhrEventSettings,
+        retry: RetrySettings,
     ) -> None:
         self._notices = notices
         self._reader = reader
         self._subscriptions = subscriptions
         self._store = store
-        self._settings, self._retry = settings
+        self._settings = settings
+        self._retry = retry
         self._asked_at: dict[str, float] = {}
         self._was_active = False
 

@@ -38,6 +38,8 @@ class BackportServer(ThreadingHTTPServer):
         self.next_link = ""
         self.clock = timedelta()
         self.has_status = self.has_events = self.sorts = True
+        self.open = threading.Event()
+        self.open.set()
         self.lock = threading.RLock()
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
 
@@ -218,6 +220,7 @@ class _Handler(BaseHTTPRequestHandler):
         parts = urlsplit(self.path)
         self.server.requests.append(f"{self.command} {self.path}")
         condition = self.headers.get("If-None-Exist", "")
+        self.server.open.wait(30)
         with self.server.lock:
             status, resource = self.server.answer(
                 self.command, parts.path, parts.query, json.loads(body or b"{}"), condition

@@ -171,7 +171,7 @@ def _read_status(
 
 
 def _read_reasons(resource: Json) -> str:
-    return "; ".join(filter(None, map(read_concept_text, as_list(resource.get("reasonCode")))))
+    return read_line("; ".join(filter(None, map(read_concept_text, as_list(resource.get("reasonCode"))))))
 
 
 def _read_requester(resource: Json) -> str:

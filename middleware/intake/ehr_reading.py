@@ -59,13 +59,15 @@ class EhrReader:
     def __init__(
         self,
         ehr: ContextSource,
-        stores: tuple[EhrEventStore, HearingStore],
+        marks: EhrEventStore,
+        heard: HearingStore,
         keep: Keep,
         policy: ReadingPolicy,
         now: Callable[[], datetime],
     ) -> None:
         self._ehr = ehr
-        self._marks, self._heard = stores
+        self._marks = marks
+        self._heard = heard
         self._keep = keep
         self._policy = policy
         self._now = now

@@ -61,7 +61,8 @@ class EhrSubscriptions:
             await self._turn_off(surplus)
         subscription, is_written = await self._write(wanted, ours[0] if ours else None, silent)
         if is_written:
-            telemetry.log("subscription written", source="fhir", state=_status(subscription))
+            state = _status(subscription)
+            telemetry.log("subscription written", source="fhir", state=state if state in _RANK else "unknown")
         key = f"{self._url} {wanted.endpoint} {wanted.criteria}"
         await asyncio.to_thread(self._store.remember_subscription, key, _name(subscription))
         return subscription, is_written

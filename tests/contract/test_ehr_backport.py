@@ -210,6 +210,22 @@ def test_notification_that_comes_again_doubles_nothing(site: Site) -> None:
     assert site.is_applied(name)
 
 
+def test_callbacks_that_come_while_the_ehr_is_read_cost_one_more_reading(site: Site) -> None:
+    subscription = site.subscription()
+    status = site.ehr.status(subscription, "event-notification", (1, "ServiceRequest/1"))
+    before = len(_searches(site))
+    site.ehr.open.clear()
+    for _ in range(50):
+        assert site.post(notification(status, subscription)).status_code == 204
+    site.ehr.open.set()
+    until(site.is_quiet)
+    assert len(_searches(site)) - before <= 2
+
+
+def _searches(site: Site) -> list[str]:
+    return [line for line in site.ehr.requests if line.startswith("GET /fhir/ImagingStudy?_lastUpdated")]
+
+
 def test_count_that_begins_anew_is_noticed(site: Site) -> None:
     for _ in range(2):
         name = site.order()
@@ -307,6 +323,19 @@ def test_ehr_that_is_down_when_the_service_starts_is_heard_later(tmp_path: Path)
         until(lambda: site.statuses() == ["active", "active"])
         other = site.order()
         until(lambda: site.is_applied(other))
+
+
+def test_service_that_is_killed_again_and_again_misses_and_doubles_nothing(tmp_path: Path) -> None:
+    with hearing(tmp_path) as site:
+        names = []
+        for _ in range(3):
+            for _ in range(40):
+                names.append(site.order())
+                if len(names) % 40 == 37:
+                    site.service.kill()
+            site.start()
+        for name in names:
+            until(lambda name=name: site.is_applied(name))
 
 
 def test_silent_subscription_is_asked_for_anew(tmp_path: Path) -> None:

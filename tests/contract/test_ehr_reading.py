@@ -40,7 +40,7 @@ class Reading:
         """Begin again with what is remembered."""
         store = EhrEventStore(self.inbox.engine)
         policy = ReadingPolicy(name, self.ehr.url, STREAMS, timedelta(seconds=overlap_s), timedelta(hours=24))
-        self.reader = EhrReader(self.fhir, (store, self.inbox.store), self.keep, policy, lambda: self.now)
+        self.reader = EhrReader(self.fhir, store, self.inbox.store, self.keep, policy, lambda: self.now)
 
     async def keep(self, arrived: Sequence[Arrived]) -> list[Kept]:
         return self.inbox.store.keep(arrived)

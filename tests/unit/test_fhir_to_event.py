@@ -73,7 +73,7 @@ def test_order_with_everything() -> None:
             identifier("F1", "FILL"),
             code={"coding": [{"system": "http://loinc.org", "code": "36572-6", "display": "MRI prostate"}]},
             priority="stat",
-            reasonCode=[{"text": "Raised PSA"}, {"coding": [{"code": "x", "display": "Pain"}]}],
+            reasonCode=[{"text": "Raised\x00 PSA"}, {"coding": [{"code": "x", "display": "Pain"}]}],
             requester={"display": "Dr. Ada^Canary\\Smith"},
             occurrenceDateTime="2026-03-05T08:00:00+01:00",
         ),
