@@ -24,6 +24,7 @@ SECTIONS = {
     "retry": "How long Wetread keeps trying a system that may come back.",
     "pacs": "The PACS: a DICOMweb server, or a folder.",
     "ehr": "The EHR's FHIR R4 server.",
+    "ehr_events": "What the EHR tells by FHIR Subscriptions: orders, imaging studies, merged patients.",
     "ris": "The RIS' HL7 listener (MLLP).",
     "pacs_watch": "Watches the PACS for studies that are new or have changed; not set: it is not watched.",
     "orthanc_changes": "Reads Orthanc's log of changes; not set: it is not read.",

@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 
 from middleware import telemetry
-from middleware.api import events, health
+from middleware.api import events, health, subscriptions
 from middleware.api.limits import BodyLimit
 from middleware.api.refusals import refuse_invalid
 from middleware.bootstrap import READING_QUEUE, Overrides, open_systems, run_workflows
@@ -18,6 +18,7 @@ from middleware.intake.inbox import accept_study, workflow_id
 from middleware.listening import listen_to_messages
 from middleware.settings import Settings
 from middleware.store.tables import StudyJob
+from middleware.subscribing import listen_to_ehr
 from middleware.systems import Systems
 from middleware.watching import watch_studies
 from middleware.workflow import read_study
@@ -50,7 +51,11 @@ def create_app(settings: Settings) -> FastAPI:
         async with open_systems(settings, Overrides()) as systems, run_workflows(systems):
             app.state.systems, app.state.start_reading = systems, start_reading
             telemetry.log("serving", count=await sweep(systems))
-            async with listen_to_messages(systems), watch_studies(systems, start_reading):
+            async with (
+                listen_to_messages(systems) as hearing,
+                listen_to_ehr(systems, hearing) as app.state.ehr_notices,
+                watch_studies(systems, start_reading),
+            ):
                 yield
 
     app = FastAPI(
@@ -62,6 +67,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_middleware(BodyLimit)
     app.add_exception_handler(RequestValidationError, refuse_invalid)
     app.include_router(events.router)
+    app.include_router(subscriptions.router)
     app.include_router(health.router)
     return app
 

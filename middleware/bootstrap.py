@@ -36,6 +36,7 @@ from middleware.serialization import JsonSerializer
 from middleware.settings import FolderPacs, Settings
 from middleware.store.arrivals import ArrivalStore
 from middleware.store.artifacts import ArtifactStore
+from middleware.store.ehr_events import EhrEventStore
 from middleware.store.hearing import HearingStore
 from middleware.store.queries import Store, open_engine
 from middleware.systems import Systems
@@ -176,6 +177,7 @@ async def open_systems(settings: Settings, overrides: Overrides | None = None) -
             store=store,
             heard=HearingStore(engine),
             arrivals=ArrivalStore(engine),
+            ehr_events=EhrEventStore(engine),
             artifacts=ArtifactStore(settings.artifacts_url or str(settings.data_dir.absolute() / "artifacts")),
             protocols=load_protocols(settings.protocols_dir),
             templates=draft_environment(jinja2.FileSystemLoader(TEMPLATES)),

@@ -50,7 +50,8 @@ async def listen_to_messages(systems: Systems) -> AsyncIterator[Hearing]:
 def _policy(settings: Settings) -> HearingPolicy:
     site, config = settings.site, settings.hl7_listener
     own_name = (site.sending_application, site.sending_facility)
-    return HearingPolicy(frozenset(config.processing_ids if config else ()), settings.zone, own_name)
+    processing_ids = frozenset(config.processing_ids if config else ())
+    return HearingPolicy(processing_ids, settings.zone, own_name, settings.number_systems)
 
 
 async def _apply_forever(hearing: Hearing, systems: Systems) -> None:

@@ -164,6 +164,15 @@ class Ehr(ContextSource, Protocol):
     async def transaction(self, bundle: dict[str, Any]) -> dict[str, Any]:
         """Run a FHIR transaction, wholly or not at all; the server's answer."""
 
+    async def create(self, resource: dict[str, Any], *, if_none_exist: Mapping[str, str]) -> dict[str, Any]:
+        """Create a resource unless one matches these search parameters; the one that is there then."""
+
+    async def update(self, resource: dict[str, Any]) -> dict[str, Any]:
+        """Put a resource in the place of the one of its id; what the server then has."""
+
+    async def operation(self, reference: str, name: str, params: Mapping[str, str]) -> dict[str, Any]:
+        """What a `$name` operation that changes nothing answers on `Type/id`."""
+
     async def probe(self) -> str:
         """One line about what answers there."""
 

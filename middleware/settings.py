@@ -8,10 +8,22 @@ import difflib
 import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 from zoneinfo import ZoneInfo
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, field_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    SecretStr,
+    Tag,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import (
     BaseSettings,
     NestedSecretsSettingsSource,
@@ -27,6 +39,7 @@ from connectors.mllp.config import MllpConfig
 from connectors.mllp.listener_config import MllpListenerConfig
 from connectors.orthanc.config import OrthancConfig
 from connectors.triton.config import TritonConfig
+from mappings.inputs.fhir_to_event import NumberSystems
 from middleware.errors import SettingsError
 
 DEFAULT_FILE = Path("wetread.yaml")
@@ -76,6 +89,67 @@ class HearingSettings(MllpListenerConfig):
     processing_ids: tuple[Literal["P", "T", "D"], ...] = Field(
         default=("P",), description="MSH-11 values that are accepted; T and D only on a test system."
     )
+
+
+EventResource = Literal["Patient", "ServiceRequest", "ImagingStudy"]
+
+
+class EhrEventSettings(BaseModel):
+    """How Wetread hears from the EHR (FHIR Subscriptions) that orders and imaging studies are new or changed."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    callback_url: str = Field(
+        description="Where the EHR reaches us: the address of this API, ending in /fhir/notifications."
+    )
+    token: SecretStr = Field(min_length=16, description="What the EHR has to send with each callback (Bearer).")
+    kind: Literal["classic", "backport"] = Field(
+        default="classic", description="Subscriptions as in R4, or of the Subscriptions R5 Backport IG 1.1.0."
+    )
+    resources: tuple[EventResource, ...] = Field(
+        default=("Patient", "ServiceRequest", "ImagingStudy"),
+        min_length=1,
+        description="What is read: merges of patients, orders, imaging studies.",
+    )
+    filters: dict[EventResource, str] = Field(
+        default={}, description="Search parameters that narrow a resource, e.g. ServiceRequest: category=..."
+    )
+    topics: dict[EventResource, str] = Field(
+        default={}, description="Backport: canonical URL of the topic of each resource (but Patient)."
+    )
+    heartbeat_s: int = Field(default=60, ge=0, description="Backport: a sign of life so often; 0: none.")
+    timeout_s: int = Field(default=30, ge=0, description="Backport: how long the EHR shall try one callback.")
+    poll_s: float = Field(default=60.0, gt=0, description="So often the EHR is read without a callback, too.")
+    check_s: float = Field(default=300.0, gt=0, description="So often it is made sure that subscriptions work.")
+    overlap_s: float = Field(
+        default=300.0, ge=0, description="Each reading begins so long before the end of the one before."
+    )
+    first_look_back_h: float = Field(
+        default=24.0, ge=0, description="The very first reading begins so long before the EHR's latest change."
+    )
+    accession_system: str = Field(
+        default="", description="Identifier system of accession numbers that have no type; empty: type ACSN only."
+    )
+    placer_system: str = Field(default="", description="The same of placer order numbers (type PLAC).")
+    filler_system: str = Field(default="", description="The same of filler order numbers (type FILL).")
+
+    @field_validator("callback_url")
+    @classmethod
+    def _whole_address(cls, url: str) -> str:
+        parts = urlsplit(url)
+        if (
+            parts.scheme not in ("http", "https")
+            or not parts.hostname
+            or not parts.path.endswith("/fhir/notifications")
+        ):
+            raise ValueError("must be http://host[:port]/fhir/notifications or https://host[:port]/fhir/notifications")
+        return url
+
+    @model_validator(mode="after")
+    def _topic_of_each(self) -> "EhrEventSettings":
+        missing = [kind for kind in self.resources if kind != "Patient" and kind not in self.topics]
+        if self.kind == "backport" and missing:
+            raise ValueError(f"kind backport needs topics for {' and '.join(missing)}")
+        return self
 
 
 class SiteSettings(BaseModel):
@@ -177,6 +251,7 @@ class Settings(BaseSettings):
     retry: RetrySettings = RetrySettings()
     pacs: PacsSettings | None = None
     ehr: EhrSettings | None = None
+    ehr_events: EhrEventSettings | None = Field(default=None, description="None: nothing is heard from the EHR.")
     ris: RisSettings | None = None
     pacs_watch: PacsWatchSettings | None = Field(default=None, description="None: the PACS is not watched.")
     orthanc_changes: OrthancSettings | None = Field(default=None, description="None: the log is not read.")
@@ -190,6 +265,13 @@ class Settings(BaseSettings):
         if url and not url.startswith(("postgresql://", "sqlite:///")):
             raise ValueError("must start with postgresql:// or sqlite:///")
         return url
+
+    @field_validator("ehr_events")
+    @classmethod
+    def _of_an_ehr(cls, events: EhrEventSettings | None, info: ValidationInfo) -> EhrEventSettings | None:
+        if events is not None and info.data.get("ehr", "wrong") is None:
+            raise ValueError("there is no EHR to hear from: set ehr.url")
+        return events
 
     @classmethod
     def settings_customise_sources(
@@ -223,6 +305,15 @@ class Settings(BaseSettings):
         if self.database_url.startswith("postgresql://"):
             return self.database_url
         return f"sqlite:///{self.data_dir.absolute()}/workflow.sqlite"
+
+    @property
+    def number_systems(self) -> NumberSystems:
+        """The identifier systems of the EHR's numbers."""
+        patient = self.ehr.patient_identifier_system if self.ehr else ""
+        if self.ehr_events is None:
+            return NumberSystems(patient=patient)
+        told = self.ehr_events
+        return NumberSystems(told.accession_system, told.placer_system, told.filler_system, patient)
 
     @property
     def zone(self) -> ZoneInfo:

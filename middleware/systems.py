@@ -11,6 +11,7 @@ from middleware.ports import ChangeLog, ContextSource, Ehr, ImageArchive, ImageS
 from middleware.settings import Settings
 from middleware.store.arrivals import ArrivalStore
 from middleware.store.artifacts import ArtifactStore
+from middleware.store.ehr_events import EhrEventStore
 from middleware.store.hearing import HearingStore
 from middleware.store.queries import Store
 
@@ -23,6 +24,7 @@ class Systems:
     store: Store
     heard: HearingStore
     arrivals: ArrivalStore
+    ehr_events: EhrEventStore
     artifacts: ArtifactStore
     protocols: Mapping[str, LoadedProtocol]
     templates: jinja2.Environment

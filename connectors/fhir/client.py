@@ -1,4 +1,4 @@
-"""A FHIR R4 server as asyncio calls: search, read, transaction (FHIR R4 http.html).
+"""A FHIR R4 server as asyncio calls: search, read, create, update, operation, transaction (FHIR R4 http.html).
 
 Nothing is retried here: Retryable says that the caller may, and after how long.
 """
@@ -26,6 +26,10 @@ Json = dict[str, Any]
 MEDIA_TYPE = "application/fhir+json"
 _TYPE = re.compile(r"[A-Z][A-Za-z]{1,63}")
 _REFERENCE = re.compile(r"[A-Z][A-Za-z]{1,63}/[A-Za-z0-9\-.]{1,64}(/_history/[A-Za-z0-9\-.]{1,64})?")
+_INSTANCE = re.compile(r"[A-Z][A-Za-z]{1,63}/[A-Za-z0-9\-.]{1,64}")
+_OPERATION = re.compile(r"\$[a-z][a-z\-]{0,63}")
+# Without it a server may answer a create with the id alone, and that in a header.
+_WHOLE = {"Prefer": "return=representation"}
 # The gateway gave up on the server, which may still be at work.
 _GATEWAY_STATUS = (502, 504)
 
@@ -35,7 +39,8 @@ class FhirClient:
 
     def __init__(self, config: FhirConfig) -> None:
         self._config = config
-        headers = {"Accept": MEDIA_TYPE}
+        # How things stand now: HAPI answers a search that it has answered within a minute from memory.
+        headers = {"Accept": MEDIA_TYPE, "Cache-Control": "no-cache"}
         if config.token:
             headers["Authorization"] = f"Bearer {config.token.get_secret_value()}"
         self._http = httpx.AsyncClient(
@@ -84,6 +89,38 @@ class FhirClient:
         if not isinstance(resource, dict) or resource.get("resourceType") != resource_type:
             raise Permanent(f"{where}: the server answered with another type of resource.")
         return resource
+
+    async def create(self, resource: Json, *, if_none_exist: Mapping[str, str]) -> Json:
+        """Creates the resource unless one matches `if_none_exist` (search parameters); the one that is there then.
+
+        Repeating it is harmless, so no answer is Retryable (FHIR R4 http.html#ccreate).
+        """
+        resource_type = str(resource.get("resourceType", ""))
+        if not _TYPE.fullmatch(resource_type) or not if_none_exist:
+            raise Permanent(f"{self._config.name}: what is to be created is no resource, or has no condition.")
+        headers = {**_WHOLE, "If-None-Exist": str(httpx.QueryParams(if_none_exist))}
+        return await self._write("POST", resource_type, resource, headers)
+
+    async def update(self, resource: Json) -> Json:
+        """Puts the resource in the place of the one of its id; what the server then has. Repeating it is harmless."""
+        reference = f"{resource.get('resourceType', '')}/{resource.get('id', '')}"
+        if not _INSTANCE.fullmatch(reference):
+            raise Permanent(f"{self._config.name}: what is to be updated has no type or id.")
+        return await self._write("PUT", reference, resource, _WHOLE)
+
+    async def operation(self, reference: str, name: str, params: Mapping[str, str]) -> Json:
+        """What `[base]/Type/id/$name` answers to GET: for operations that change nothing (FHIR R4 operations.html)."""
+        if not (_INSTANCE.fullmatch(reference) and _OPERATION.fullmatch(name)):
+            raise Permanent(f"{self._config.name}: an operation is called as $name of Type/id.")
+        where = f"{self._config.name}: {name} of {reference.partition('/')[0]}"
+        url = httpx.URL(f"{self._config.url}/{reference}/{name}", params=params)
+        return _resource(await self._exchange("GET", url, where), where)
+
+    async def _write(self, method: str, path: str, resource: Json, headers: Mapping[str, str]) -> Json:
+        where = f"{self._config.name}: {'update' if method == 'PUT' else 'create'} of {resource['resourceType']}"
+        body = json.dumps(resource, ensure_ascii=False, allow_nan=False).encode()
+        url = httpx.URL(f"{self._config.url}/{path}")
+        return _resource(await self._exchange(method, url, where, body=body, headers=headers), where)
 
     async def transaction(self, bundle: Json) -> Json:
         """Sends a transaction Bundle, and gives the response Bundle once every entry in it says 2xx.
@@ -142,11 +179,18 @@ class FhirClient:
         return page
 
     async def _exchange(
-        self, method: str, url: httpx.URL, where: str, *, body: bytes | None = None, repeatable: bool = True
+        self,
+        method: str,
+        url: httpx.URL,
+        where: str,
+        *,
+        body: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
+        repeatable: bool = True,
     ) -> object:
         """One request; the JSON of its answer, or the error that stands for what came."""
-        headers = {"Content-Type": MEDIA_TYPE} if body is not None else {}
-        request = self._http.build_request(method, url, content=body, headers=headers)
+        typed = {"Content-Type": MEDIA_TYPE} if body is not None else {}
+        request = self._http.build_request(method, url, content=body, headers={**typed, **(headers or {})})
         with _failures(where, repeatable):
             async with asyncio.timeout(self._config.request_timeout_s):
                 answer, content = await self._receive(request, where)
@@ -227,6 +271,12 @@ def _connect_error(error: Exception, where: str) -> ConnectorError:
             )
         cause = cause.__cause__ or cause.__context__
     return Retryable(f"{where}: no connection ({error or 'time limit'}). Check that the server runs and url is right.")
+
+
+def _resource(answer: object, where: str) -> Json:
+    if not isinstance(answer, dict) or not isinstance(answer.get("resourceType"), str):
+        raise Permanent(f"{where}: the server answered with something else than a resource.")
+    return answer
 
 
 def _json_of(content: bytes) -> object:

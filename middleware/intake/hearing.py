@@ -1,4 +1,4 @@
-"""Hearing HL7 v2: a message is on disk before it is acknowledged, and applied once, in the order it came.
+"""Hearing HL7 v2 and FHIR: a message is on disk before it is acknowledged, and applied once, in the order it came.
 
 `take` answers one message; messages that arrive together share one transaction, so that many senders cost one
 fsync. `apply_all` then applies what was kept, now or after a restart.
@@ -6,9 +6,10 @@ fsync. `apply_all` then applies what was kept, now or after a restart.
 
 import asyncio
 import hashlib
+import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, tzinfo
 from functools import partial
 
@@ -16,6 +17,7 @@ from sqlalchemy.exc import OperationalError
 from sqlmodel import Session
 
 from mappings.inputs.er7_to_message import UnreadableMessage, read_message
+from mappings.inputs.fhir_to_event import NumberSystems, resources_to_events
 from mappings.inputs.hl7_to_event import message_to_events
 from mappings.model.ids import derive_control_id
 from mappings.model.message import Header, Message, drop_controls
@@ -39,12 +41,14 @@ and the sender of the one that comes is waiting."""
 
 @dataclass(frozen=True)
 class HearingPolicy:
-    """What a site accepts: MSH-11 values, the zone of times without an offset, and our own name (MSH-3, MSH-4), by
-    which a result of ours that an interface engine sends round is known as no radiologist's report."""
+    """What a site accepts: MSH-11 values, the zone of times without an offset, our own name (MSH-3, MSH-4), by which a
+    result of ours that an interface engine sends round is known as no radiologist's report, and the systems of
+    identifiers in FHIR."""
 
     processing_ids: frozenset[str]
     zone: tzinfo
     own_name: tuple[str, str] = ("", "")
+    number_systems: NumberSystems = field(default_factory=NumberSystems)
 
 
 class Hearing:
@@ -111,6 +115,11 @@ class Hearing:
         control_id = derive_control_id("ack", hashlib.sha256(raw).hexdigest(), now.isoformat())
         return build_reject(raw, unreadable.reason, now=now, control_id=control_id, error_code=unreadable.error_code)
 
+    async def keep(self, arrived: Sequence[Arrived]) -> list[Kept]:
+        """Keep, durably and in this order, what came by another way than HL7. Raises what the store raises: then some
+        may be kept, and keeping them all again is harmless."""
+        return list(await asyncio.gather(*map(self._keep, arrived)))
+
     async def _keep(self, arrived: Arrived) -> Kept:
         done: asyncio.Future[Kept] = asyncio.get_running_loop().create_future()
         await self._waiting.put((arrived, done))
@@ -164,7 +173,7 @@ class Hearing:
                     self._apply([position])
                 return
             reason = f"this message could not be applied: unexpected {type(error).__name__}"
-            telemetry.log("HL7 message not applied", source="hl7", kind=type(error).__name__)
+            telemetry.log("message not applied", source="inbox", kind=type(error).__name__)
             self._store.apply(positions, partial(_refuse, reason))
 
     def _give_way(self) -> None:
@@ -173,9 +182,16 @@ class Hearing:
             time.sleep(QUIET_S)
 
     def _apply_one(self, session: Session, heard: HeardMessage) -> None:
-        message: Message = read_message(heard.raw)
         if self._store.was_control_id_used(session, heard):
             heard.notes = [*heard.notes, "this control id was used before with other content"]
+        if heard.format == "fhir":
+            resources = [entry["resource"] for entry in json.loads(heard.raw)["entry"]]
+            apply_events(session, heard, resources_to_events(resources, self._policy.number_systems), self._now())
+        else:
+            self._apply_hl7(session, heard)
+
+    def _apply_hl7(self, session: Session, heard: HeardMessage) -> None:
+        message: Message = read_message(heard.raw)
         if (message.header.sending_application, message.header.sending_facility) == self._policy.own_name:
             heard.state, heard.notes = "unhandled", [*heard.notes, "a message of our own came back"]
             return

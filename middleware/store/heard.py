@@ -9,10 +9,11 @@ from middleware.store.tables import time_field
 
 
 class HeardMessage(SQLModel, table=True):
-    """One HL7 message as it came, kept before it is acknowledged. `message_key` is the digest of its content (which
-    holds sender and control id), so a resend is the same message, whatever address it comes from. `state` is received,
-    applied, refused (a contradiction that a person settles), unhandled (kept, nothing is done with it) or unreadable;
-    `notes` say why."""
+    """One HL7 message as it came, kept before it is acknowledged; or one version of a FHIR resource (`format` is hl7 or
+    fhir), as a Bundle with what it refers to. `message_key` is the digest of its content (an HL7 message's holds sender
+    and control id; of a Bundle the resource alone counts), so a resend is the same message, whatever address it comes
+    from. `state` is received, applied, refused (a contradiction that a person settles), unhandled (kept, nothing is
+    done with it) or unreadable; `notes` say why."""
 
     __tablename__ = "heard_message"
     position: int | None = Field(default=None, primary_key=True)
@@ -20,6 +21,7 @@ class HeardMessage(SQLModel, table=True):
     sender: str
     control_id: str = Field(index=True)
     message_type: str
+    format: str = "hl7"
     raw: bytes = Field(sa_column=Column(LargeBinary, nullable=False))
     state: str = Field(default="received", index=True)
     notes: list[str] = Field(default_factory=list, sa_column=Column(JSON, nullable=False))

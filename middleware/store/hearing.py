@@ -23,7 +23,7 @@ UNWANTED = ("cancelled", "discontinued")
 @dataclass(frozen=True)
 class Arrived:
     """A message that came, to be kept as the `HeardMessage` of these columns; a plain object, since many come at
-    once. `notes` are what was odd about it."""
+    once. `notes` are what was odd about it. `message_key` is the digest of `raw` unless it is given."""
 
     raw: bytes
     sender: str
@@ -32,11 +32,12 @@ class Arrived:
     state: Literal["received", "unreadable"]
     notes: list[str]
     received_at: datetime
+    format: Literal["hl7", "fhir"] = "hl7"
+    message_key: str = ""
 
-    @property
-    def message_key(self) -> str:
-        """The digest of its content."""
-        return hashlib.sha256(self.raw).hexdigest()
+    def __post_init__(self) -> None:
+        if not self.message_key:
+            object.__setattr__(self, "message_key", hashlib.sha256(self.raw).hexdigest())
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ class HearingStore:
             if key in rows:
                 rows[key]["repeats"] += 1
             else:
-                rows[key] = {**vars(message), "message_key": key, "repeats": 0}
+                rows[key] = {**vars(message), "repeats": 0}
         with self._turn, self._engine.begin() as connection:
             kept = {row.message_key: row for row in connection.execute(self._keeping, list(rows.values()))}
         seen: set[str] = set()
@@ -81,6 +82,11 @@ class HearingStore:
             seen.add(key)
             answers.append(Kept("new" if is_new else "repeated", kept[key].position))
         return answers
+
+    def keys_kept(self, keys: Collection[str]) -> set[str]:
+        """Which of these message keys are in the inbox."""
+        with Session(self._engine) as session:
+            return set(session.exec(select(HeardMessage.message_key).where(col(HeardMessage.message_key).in_(keys))))
 
     def pending(self, limit: int = 200) -> list[int]:
         """Positions of messages that are not applied yet, in the order in which they came."""

@@ -9,6 +9,7 @@ from zoneinfo import ZoneInfo
 import pytest
 
 from connectors.dicomweb.config import DicomwebConfig
+from mappings.inputs.fhir_to_event import NumberSystems
 from middleware.errors import SettingsError
 from middleware.settings import FolderPacs, RetrySettings, Settings, load_settings
 
@@ -68,6 +69,63 @@ def test_file_is_read_with_its_nested_settings() -> None:
     assert (settings.ris.port, settings.ris.receiving_facility) == (2575, "NORTH")
     assert settings.triton is not None
     assert settings.triton.tls is not None
+
+
+EVENTS = "callback_url: 'https://w.example/fhir/notifications'"
+
+
+def test_what_is_heard_from_the_ehr(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WETREAD_EHR_EVENTS__TOKEN", f"{SECRET}-of-16")
+    write(
+        "ehr: {url: 'https://ehr.example/fhir', patient_identifier_system: 'urn:mrn'}\n"
+        f"ehr_events: {{{EVENTS}, accession_system: 'urn:acc', filters: {{ServiceRequest: category=x}}}}"
+    )
+    settings = load_settings()
+    assert settings.ehr_events is not None
+    assert settings.ehr_events.filters == {"ServiceRequest": "category=x"}
+    assert settings.number_systems == NumberSystems(accession="urn:acc", patient="urn:mrn")
+    assert SECRET not in repr(settings)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (f"ehr_events: {{{EVENTS}}}", ["ehr_events: there is no EHR to hear from: set ehr.url"]),
+        (
+            f"ehr: {{url: 'http://x'}}\nehr_events: {{{EVENTS}, kind: backport}}",
+            ["ehr_events: kind backport needs topics for ServiceRequest and ImagingStudy"],
+        ),
+        (
+            "ehr: {url: 'http://x'}\nehr_events: {callback_url: 'https://w.example/'}",
+            [
+                "ehr_events.callback_url: must be http://host[:port]/fhir/notifications or "
+                "https://host[:port]/fhir/notifications"
+            ],
+        ),
+        (
+            f"ehr: {{url: 'http://x'}}\nehr_events: {{{EVENTS}, resources: [Observation]}}",
+            [
+                "ehr_events.resources.0: Input should be 'Patient', 'ServiceRequest' or 'ImagingStudy'",
+                "ehr_events.resources: Tuple should have at least 1 item",
+            ],
+        ),
+        (f"ehr: {{url: 'http://x'}}\nehr_events: {{{EVENTS}, poll_s: 0}}", ["ehr_events.poll_s: Input should be g"]),
+        (f"ehr: {{url: nonsense}}\nehr_events: {{{EVENTS}}}", ["ehr.url: must be http"]),
+    ],
+)
+def test_mistakes_in_what_is_heard_from_the_ehr(text: str, says: list[str]) -> None:
+    lines = complaints(text, WETREAD_EHR_EVENTS__TOKEN=f"{SECRET}-of-16")
+    assert len(lines) == len(says)
+    for line, each in zip(lines, says, strict=True):
+        assert line.startswith(f"wetread.yaml or WETREAD_*: {each}")
+
+
+def test_token_of_the_callback_is_long_and_comes_from_the_environment() -> None:
+    text = f"ehr: {{url: 'http://x'}}\nehr_events: {{{EVENTS}}}"
+    assert complaints(text) == ["wetread.yaml or WETREAD_*: ehr_events.token: Field required"]
+    assert "ehr_events.token" in complaints(text, WETREAD_EHR_EVENTS__TOKEN=SECRET)[0]
+    (line,) = complaints(text.replace("ehr_events: {", f"ehr_events: {{token: {SECRET}-of-16, "))
+    assert "ehr_events.token is a secret" in line
 
 
 def test_folder_in_the_place_of_a_pacs() -> None:
