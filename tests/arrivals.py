@@ -45,12 +45,12 @@ class Watching:
         }
         self.service = Service(folder, {**given, **settings})
 
-    def start(self, source: str = "pacs") -> None:
-        """Start it, and wait until it has looked once at where it hears from."""
-        self.service.start()
+    def start(self, source: str = "pacs", **environment: str) -> None:
+        """Start it, and wait until it has looked once at where it hears from (`source`, if any)."""
+        self.service.start(**environment)
         engine = open_engine(f"sqlite:///{self.service.data_dir}/wetread.sqlite")
         self.store, self.arrivals = Store(engine), ArrivalStore(engine)
-        until(lambda: self.arrivals.watermark(source), what="the first look")
+        until(lambda: not source or self.arrivals.watermark(source), what="the first look")
 
     def stop(self) -> None:
         """Stop it; its log holds no traceback."""
