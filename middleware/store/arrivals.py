@@ -14,6 +14,8 @@ from middleware.store.queries import changing, start_next_run
 from middleware.store.tables import SeenStudy, StudyEvent, StudyJob, Watermark
 
 WAITING = "waiting"
+AT_ONCE = 500
+"""Studies asked for in one statement."""
 
 
 @dataclass(frozen=True)
@@ -58,8 +60,11 @@ class ArrivalStore:
         """Remember what the PACS has; for each study that differs from before, an event of its images. The number of
         those. `job_ids` are by study UID; a study without one is remembered and nothing more (the first look ever)."""
         heard = 0
+        changed = self._differing(found)
+        if not changed:  # as nearly always: then nobody waits for us
+            return 0
         with changing(self._engine) as session:
-            for seen in found:
+            for seen in changed:
                 row = session.get(SeenStudy, seen.study_instance_uid, with_for_update=True)
                 if row is not None and (row.instances, row.digest) == (seen.instances, seen.digest):
                     continue
@@ -69,13 +74,29 @@ class ArrivalStore:
                     _apply(session, _images_event(row, source, job_id, now), (), "")
         return heard
 
+    def _differing(self, found: Sequence[Seen]) -> list[Seen]:
+        """Those that are not as they were, by plain reading."""
+        known: dict[str, tuple[int, str]] = {}
+        with Session(self._engine) as session:
+            for first in range(0, len(found), AT_ONCE):
+                uids = [seen.study_instance_uid for seen in found[first : first + AT_ONCE]]
+                query = select(SeenStudy).where(col(SeenStudy.study_instance_uid).in_(uids))
+                known.update((row.study_instance_uid, (row.instances, row.digest)) for row in session.exec(query))
+        return [seen for seen in found if known.get(seen.study_instance_uid) != (seen.instances, seen.digest)]
+
     def forget_missing(self, found: Collection[str], study_date_from: str) -> None:
         """Note that the PACS has no longer what it had of studies from this date (YYYYMMDD) on that are not among
         `found`, so that the same images sent again are news."""
+        with Session(self._engine) as session:
+            query = select(SeenStudy.study_instance_uid)
+            query = query.where(SeenStudy.study_date >= study_date_from, SeenStudy.instances > 0)
+            gone = [uid for uid in session.exec(query) if uid not in found]
+        if not gone:
+            return
         with changing(self._engine) as session:
-            rows = session.exec(select(SeenStudy).where(SeenStudy.study_date >= study_date_from)).all()
-            for row in rows:
-                if row.study_instance_uid not in found:
+            for uid in gone:
+                row = session.get(SeenStudy, uid)
+                if row is not None:
                     row.instances, row.digest = 0, ""
 
     # Studies that wait
