@@ -153,17 +153,19 @@ class _Listener:
             unsettled = 0 if is_settled else unsettled + 1
             wait_s = self._retry.wait_s(unsettled) if unsettled else self._look_again_s()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._notices.doubted.wait(), min(wait_s, self._look_again_s()))
+                await asyncio.wait_for(self._notices.doubted.wait(), wait_s)
 
     def _look_again_s(self) -> float:
-        heartbeat_s = self._settings.heartbeat_s if self._notices.is_backport else 0
-        return min(self._settings.check_s, heartbeat_s * SILENT_PERIODS or self._settings.check_s)
+        """When to look at subscriptions that are all active: now and then, and as soon as one is silent too long."""
+        left_s = (self._patience_s - silent_s for silent_s in self._silences_s().values())
+        return min([self._settings.check_s, *(max(each, GATHER_S) for each in left_s)])
 
     async def _subscribe(self) -> bool:
         """Whether all subscriptions are active. Where one was written, events may have been missed before."""
         self._notices.doubted.clear()
         with self._notices.registering():
-            checked = await self._subscriptions.check(self._silent())
+            silent = [name for name, silent_s in self._silences_s().items() if silent_s > self._patience_s]
+            checked = await self._subscriptions.check(silent)
         now = time.monotonic()
         self._asked_at = {name: self._asked_at.get(name, now) for name in checked.references}
         self._asked_at |= dict.fromkeys(checked.written, now)
@@ -174,18 +176,24 @@ class _Listener:
             await self._compare_counts(checked.references)
         return checked.active
 
-    def _silent(self) -> list[str]:
-        """Subscriptions that have been silent for longer than their heartbeat allows."""
+    @property
+    def _patience_s(self) -> float:
+        return self._settings.heartbeat_s * SILENT_PERIODS
+
+    def _silences_s(self) -> dict[str, float]:
+        """How long each subscription has been silent, where heartbeats are asked for."""
         if not (self._notices.is_backport and self._settings.heartbeat_s):
-            return []
-        long_ago = time.monotonic() - self._settings.heartbeat_s * SILENT_PERIODS
-        heard = {name: max(at, self._notices.heard_at.get(name, 0.0)) for name, at in self._asked_at.items()}
-        return [name for name, at in heard.items() if at < long_ago]
+            return {}
+        now, heard_at = time.monotonic(), self._notices.heard_at
+        return {name: now - max(at, heard_at.get(name, at)) for name, at in self._asked_at.items()}
 
     async def _compare_counts(self, references: tuple[str, ...]) -> None:
         """Notice events of which no notification came: the server's own count says so, whatever callbacks said."""
         for reference in references:
-            count = await self._subscriptions.count_events(reference)
             known = await asyncio.to_thread(self._store.subscription, reference)
-            if count is not None and known is not None:
-                self._notices.note_count(reference, known.last_event, count)
+            last_event = known.last_event if known else 0
+            before = self._notices.last_told(reference, last_event)
+            count = await self._subscriptions.count_events(reference)
+            # A notification that came between the two is no reason to think that the count begins anew.
+            if count is not None and (count < before or count > self._notices.last_told(reference, last_event)):
+                self._notices.note_count(reference, last_event, count)

@@ -16,7 +16,7 @@ from tests.crash.small_study import SmallStudy, build_small_truth
 from tests.fixtures.triton_truth import build_truth_repository
 from tests.fixtures.triton_truth.study import RealStudy, real_study
 
-pytest.register_assert_rewrite("tests.commands", "tests.serving")
+pytest.register_assert_rewrite("tests.backport_site", "tests.commands", "tests.serving")
 
 
 @pytest.fixture(scope="session")

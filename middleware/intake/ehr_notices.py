@@ -86,7 +86,7 @@ class EhrNotices:
 
     def note(self, told: Notification, last_event: int) -> None:
         """Take in what a notification announces of a subscription whose events were read up to `last_event`."""
-        last, latest = self._last_told(told.subscription, last_event), told.latest
+        last, latest = self.last_told(told.subscription, last_event), told.latest
         if told.type == "event-notification":
             first = min(told.event_numbers, default=latest)
             self._note_gap(told.subscription, last + 1, (first or 0) - 1)
@@ -98,14 +98,14 @@ class EhrNotices:
     def note_count(self, subscription: str, last_event: int, count: int) -> None:
         """Take in how many events the server counts of a subscription whose events were read up to `last_event`: where
         it is another number than it told, events were missed, or it began to count anew."""
-        last = self._last_told(subscription, last_event)
+        last = self.last_told(subscription, last_event)
         if count < last:
             telemetry.log("the EHR counts its events anew", source="fhir")
         self._note_gap(subscription, last + 1, count)
         if count != last:
             self._note_latest(subscription, count)
 
-    def _last_told(self, subscription: str, last_event: int) -> int:
+    def last_told(self, subscription: str, last_event: int) -> int:
         """The latest event that is read or about to be."""
         return self._told.get(subscription, last_event)
 

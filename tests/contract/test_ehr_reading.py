@@ -2,6 +2,7 @@
 to. Over HTTP, with an EHR that was written from the standard."""
 
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -12,13 +13,14 @@ from sqlmodel import Session, select
 from connectors.errors import Permanent, Retryable
 from connectors.fhir.client import FhirClient
 from connectors.fhir.config import FhirConfig
+from mappings.inputs.fhir_to_event import NumberSystems
 from middleware.intake import ehr_reading
 from middleware.intake.ehr_reading import EhrReader, ReadingPolicy, Stream
 from middleware.store.ehr_events import EhrEventStore
 from middleware.store.heard import HeardMessage
 from middleware.store.hearing import Arrived, Kept
 from tests.backport_server import BackportServer
-from tests.hl7_inbox import Inbox
+from tests.hl7_inbox import POLICY, Inbox, write_order
 
 Json = dict[str, Any]
 
@@ -300,6 +302,36 @@ async def test_study_and_order_of_a_merged_patient_are_one(reading: Reading) -> 
     await reading.catch_up()
     assert {row.state for row in reading.rows()} == {"applied"}, [row.notes for row in reading.rows()]
     assert (reading.inbox.order.accession_number, reading.inbox.order.study_instance_uid) == ("A-1", "1.2.3")
+
+
+# Beside HL7
+
+
+def hear_hl7(reading: Reading, control: str, status: str = "") -> None:
+    heard = reading.inbox.hear(write_order(f"m-{control}", control, ("P1", "", "A-1", ""), status=status))
+    assert heard.state == "applied", heard.notes
+
+
+async def test_order_of_both_is_one_and_never_goes_back(reading: Reading) -> None:
+    reading.inbox = Inbox(replace(POLICY, number_systems=NumberSystems(patient="urn:mrn")))
+    reading.restart()
+    hear_hl7(reading, "NW")
+    reading.ehr.put(new_patient("p1", "4711"), at=NOW)
+    reading.order("1", subject={"reference": "Patient/p1"}, priority="stat")
+    await reading.catch_up()
+    assert (reading.inbox.order.placer_order_number, reading.inbox.order.priority) == ("P1", "S")
+    hear_hl7(reading, "SC", status="CM")
+    reading.order("1", subject={"reference": "Patient/p1"}, at=NOW + timedelta(seconds=1))
+    await reading.catch_up()
+    assert reading.inbox.order.status == "completed"
+
+
+async def test_order_that_hl7_knows_for_another_patient_is_refused(reading: Reading) -> None:
+    hear_hl7(reading, "NW")
+    reading.order("1", subject={"identifier": {"value": "4712"}})
+    await reading.catch_up()
+    assert [row.state for row in reading.rows()] == ["applied", "refused"]
+    assert reading.inbox.order.patient_id == "4711"
 
 
 # By name
