@@ -30,13 +30,13 @@ SILENT_PERIODS = 2.5
 
 
 @asynccontextmanager
-async def listen_to_ehr(systems: Systems, hearing: Hearing | None) -> AsyncIterator[EhrNotices | None]:
+async def listen_to_ehr(systems: Systems, hearing: Hearing) -> AsyncIterator[EhrNotices | None]:
     """Hear from the EHR while the block runs, where that is configured; gives what takes its callbacks.
 
     Never fails because the EHR does: it is tried again, with growing waits.
     """
     settings = systems.settings.ehr_events
-    if settings is None or systems.ehr is None or systems.settings.ehr is None or hearing is None:
+    if settings is None or systems.ehr is None or systems.settings.ehr is None:
         yield None
         return
     store = systems.ehr_events

@@ -89,7 +89,7 @@ def _apply_order(session: Session, message: HeardMessage, event: OrderEvent, now
         order = OrderRecord(order_id=str(derive_uuid("order", message.message_key, _number_key(event))), updated_at=now)
     _take_numbers(order, event)
     _take_patient(order, event.patient.patient_id, event.patient.issuer)
-    _advance(order, event)
+    _advance(order, event, message.format)
     for name in DETAILS:
         if getattr(event, name) or name in event.cleared:
             setattr(order, name, getattr(event, name))
@@ -170,6 +170,7 @@ def _join(session: Session, order: OrderRecord, other: OrderRecord) -> None:
     _take_patient(order, other.patient_id, other.patient_issuer)
     if order_status_rank(other.status) > order_status_rank(order.status):  # type: ignore[arg-type]
         order.status = other.status
+    order.held_by = order.held_by if order.is_on_hold else other.held_by
     order.is_on_hold = order.is_on_hold or other.is_on_hold
     for names in (*((name,) for name in DETAILS), PROCEDURE):
         if getattr(other, names[0]):
@@ -179,11 +180,12 @@ def _join(session: Session, order: OrderRecord, other: OrderRecord) -> None:
     session.flush()
 
 
-def _advance(order: OrderRecord, event: OrderEvent) -> None:
-    """Status only moves forward: a late or repeated `new` never opens again what is cancelled or done."""
+def _advance(order: OrderRecord, event: OrderEvent, told_by: str) -> None:
+    """Status only moves forward: a late or repeated `new` never opens again what is cancelled or done. An EHR whose
+    order is active does not lift the hold that the RIS put on it, nor the other way round."""
     if event.control == "hold":
-        order.is_on_hold = True
-    elif event.control == "resume":
+        order.is_on_hold, order.held_by = True, told_by
+    elif event.control == "resume" and order.held_by in ("", told_by):
         order.is_on_hold = False
     told: OrderStatus = event.status
     known: OrderStatus = order.status  # type: ignore[assignment]

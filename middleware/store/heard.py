@@ -41,6 +41,7 @@ class RefusedNumber(SQLModel, table=True):
 
 class OrderRecord(SQLModel, table=True):
     """One imaging order as far as messages told it. Any number may be empty; `status` never goes back.
+    `held_by` is the format (hl7, fhir) of the message that put it on hold, since only the same system may resume it;
     `handed_at` is when its study was last found in the PACS and heard of, `look_after` when to look for it again."""
 
     __tablename__ = "order_record"
@@ -53,6 +54,7 @@ class OrderRecord(SQLModel, table=True):
     patient_issuer: str = ""
     status: str = ""
     is_on_hold: bool = False
+    held_by: str = ""
     procedure_code: str = ""
     procedure_scheme: str = ""
     procedure_meaning: str = ""

@@ -12,11 +12,12 @@ from hypothesis import strategies as st
 from sqlalchemy.exc import OperationalError
 from sqlmodel import Session
 
-from mappings.model.events import ORDER_STATUSES
+from mappings.model.events import ORDER_STATUSES, OrderEvent
+from mappings.model.study import PatientIdentity
 from middleware.intake import hearing
 from middleware.intake.orders import apply_events
 from middleware.store.heard import HeardMessage
-from tests.hl7_inbox import POLICY, Inbox, order_segments, write_message, write_order
+from tests.hl7_inbox import POLICY, START, Inbox, order_segments, write_message, write_order
 
 UID = "1.2.840.99.1"
 WHOLE = ("P1", "F1", "A1", UID)
@@ -453,3 +454,15 @@ def test_a_refused_message_is_found_by_each_number_it_names_and_by_no_other() ->
     assert [o.order_id for o in inbox.store.orders_of_study(UID)] == [inbox.order.order_id]
     assert inbox.store.orders_of_study("1.2.3", "A1") == inbox.store.orders_of_study(UID)
     assert inbox.store.orders_of_study("1.2.3") == []
+
+
+@pytest.mark.parametrize(("resumed_by", "is_on_hold"), [("hl7", False), ("fhir", True)])
+def test_hold_is_lifted_by_the_system_that_put_it_on(inbox: Inbox, resumed_by: str, is_on_hold: bool) -> None:
+    inbox.hear(write_order("hold-1", "HD", ("P1", "", "", "")))
+    event = OrderEvent(control="resume", placer_order_number="P1", patient=PatientIdentity("4711", "HOSP"))
+    message = HeardMessage(message_key="k", sender="s", control_id="c", message_type="t", raw=b"", received_at=START)
+    message.format = resumed_by
+    with Session(inbox.engine) as session:
+        apply_events(session, message, (event,), START)
+        session.commit()
+    assert inbox.order.is_on_hold == is_on_hold
