@@ -81,6 +81,7 @@ def _show_progress(progress: telemetry.Progress) -> None:
 _HEADLINES = {
     "unmatched": "No protocol applies to this study:",
     "unusable": "The images cannot be read safely; nothing was produced:",
+    "rejected": "A person rejected this study; nothing was read (`wetread release` takes it back):",
     "held": "Held: identities do not agree; nothing was released:",
     "quarantined": "Quarantined: a rendering failed its checks; nothing was delivered:",
     "failed": "A system did not do its part; nothing was delivered:",

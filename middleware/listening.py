@@ -18,8 +18,8 @@ from middleware.systems import Systems
 
 LOOK_AGAIN_S = 30.0
 """Shortest time after which the study of an order is looked for again; longer the older the order is."""
-SLOWEST_LOOK = timedelta(hours=1)
-LOOK_BACK_DAYS = 30
+SLOWEST_LOOK = timedelta(hours=2)
+LOOK_BACK_DAYS = 180
 """So long after its last change the study of an order is looked for in the PACS."""
 TURN_S = 1.0
 
@@ -95,23 +95,23 @@ async def _hear_of(study_uid: str, order: OrderRecord, systems: Systems) -> None
 
 
 async def _find_studies(order: OrderRecord, systems: Systems) -> list[str]:
-    """The studies of the order that the PACS has by now: by its study UID or, where it states none, its accession
-    number. What the PACS answers is compared: `*` in a number is a wildcard to it."""
-    keyword, tag, value = "StudyInstanceUID", _STUDY_UID, order.study_instance_uid
-    if not value:
-        keyword, tag, value = "AccessionNumber", _ACCESSION, order.accession_number
-    if not value or systems.pacs is None:
-        return []
+    """The studies of the order that the PACS has by now: by its study UID or, where there is none of that, its
+    accession number; the identity gate then says that they differ. What the PACS answers is compared: `*` in a number
+    is a wildcard to it."""
+    numbers = {"StudyInstanceUID": order.study_instance_uid, "AccessionNumber": order.accession_number}
     try:
-        found = await systems.pacs.search_studies({keyword: value})
+        for keyword, number in numbers.items():
+            found = await systems.pacs.search_studies({keyword: number}) if systems.pacs and number else []
+            uids = [_value(study, _STUDY_UID) for study in found if _value(study, _TAGS[keyword]) == number]
+            if any(uids):
+                return [uid for uid in uids if uid]
     except ConnectorError:
         telemetry.log("study of an order not looked up", source="order", state=order.status)
-        return []
-    uids = [_value(study, _STUDY_UID) for study in found if _value(study, tag) == value]
-    return [uid for uid in uids if uid]
+    return []
 
 
-_STUDY_UID, _ACCESSION = "0020000D", "00080050"
+_STUDY_UID = "0020000D"
+_TAGS = {"StudyInstanceUID": _STUDY_UID, "AccessionNumber": "00080050"}
 
 
 def _value(study: dict[str, Any], tag: str) -> str:

@@ -41,22 +41,20 @@ COMPLETE = frozenset({"completed", "preliminary", "final"})
 
 
 async def look_after_studies(systems: Systems, start_reading: StartReading) -> None:
-    """Look at the studies that are due, a few at a time, for ever."""
+    """Look at the studies that are due, a few at a time, for ever; a slow one holds up none of the others."""
     looking = Looking(systems, start_reading)
-    room = asyncio.Semaphore(AT_ONCE)
-
-    async def look(job: StudyJob) -> None:
-        async with room:
-            await looking.look(job)
-
-    while True:
-        try:
-            due = await asyncio.to_thread(systems.arrivals.due, systems.now())
-            await asyncio.gather(*(look(job) for job in due))
-        except Exception as error:  # the store is away; what is due stays due
-            telemetry.log("studies that wait not looked at", kind=type(error).__name__)
+    async with asyncio.TaskGroup() as group:
+        going_on: dict[str, asyncio.Task[None]] = {}
+        while True:
+            going_on = {job_id: task for job_id, task in going_on.items() if not task.done()}
+            try:
+                due = await asyncio.to_thread(systems.arrivals.due, systems.now())
+            except Exception as error:  # the store is away; what is due stays due
+                telemetry.log("studies that wait not looked at", kind=type(error).__name__)
+                due = []
+            for job in [one for one in due if one.job_id not in going_on][: AT_ONCE - len(going_on)]:
+                going_on[job.job_id] = group.create_task(looking.look(job))
             await asyncio.sleep(TURN_S)
-        await asyncio.sleep(TURN_S)
 
 
 class Looking:

@@ -34,6 +34,7 @@ EXIT_CODES = {
     "unmatched": UNMATCHED,
     "unusable": UNUSABLE,
     "held": UNUSABLE,
+    "rejected": UNUSABLE,
     "quarantined": UNDELIVERED,
     "failed": FAILED,
 }

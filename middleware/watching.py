@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import hashlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager
 from datetime import datetime, timedelta
 from typing import Any
@@ -23,7 +23,9 @@ LONGEST_PAUSE_S = 60.0
 
 @asynccontextmanager
 async def watch_studies(systems: Systems, start_reading: StartReading) -> AsyncIterator[None]:
-    """Watch the PACS, where that is configured, and the studies that wait, while the block runs."""
+    """Watch the PACS, where that is configured, and the studies that wait, while the block runs. What is there before the
+    block begins is the state to compare with where nothing was ever seen."""
+    await _look_first(systems)
     loops = [look_after_studies(systems, start_reading)]
     if systems.pacs is not None and systems.settings.pacs_watch is not None:
         loops.append(_watch_pacs(systems, systems.pacs))
@@ -37,6 +39,23 @@ async def watch_studies(systems: Systems, start_reading: StartReading) -> AsyncI
             task.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await task
+
+
+async def _look_first(systems: Systems) -> None:
+    """Look for the first time before the service says that it is ready: what comes from then on is news. A system that
+    does not answer is looked at later, by its watch."""
+    for source, look in _first_looks(systems):
+        if not await asyncio.to_thread(systems.arrivals.watermark, source):
+            with contextlib.suppress(Exception):
+                await look()
+
+
+def _first_looks(systems: Systems) -> Iterator[tuple[str, Callable[[], Awaitable[None]]]]:
+    pacs, changes = systems.pacs, systems.changes
+    if pacs is not None and systems.settings.pacs_watch is not None:
+        yield SOURCE, lambda: _look_at_pacs(systems, pacs, is_whole=True)
+    if changes is not None:
+        yield ORTHANC, lambda: _read_changes(systems, changes)
 
 
 # What is new in the PACS

@@ -30,6 +30,7 @@ from deploy.hospital.phantom import PhantomSpec
 from deploy.hospital.phantom_dicom import write_phantom
 
 READING_TIMEOUT_S = 180.0
+GOING_ON = ("waiting", "accepted", "reading")
 SETTLED = ("delivered", "dead", "ambiguous")
 
 
@@ -116,7 +117,10 @@ def _chart_of(images: Path, spec: PhantomSpec | None) -> tuple[str, dict[str, An
 
 
 async def _load(hospital: Hospital, images: Path, study_uid: str, chart: dict[str, Any]) -> None:
-    """Put the images into the PACS and the chart into the EHR."""
+    """Put the chart into the EHR and then the images into the PACS, as they come from a scanner."""
+    ehr = FhirClient(FhirConfig(url=hospital.ehr.url))
+    await ehr.transaction(chart)
+    await ehr.aclose()
     files = [f for f in sorted(images.rglob("*")) if f.is_file() and pydicom.misc.is_dicom(f)]
     pacs: DicomwebClient | FolderClient
     if hospital.orthanc:
@@ -129,30 +133,34 @@ async def _load(hospital: Hospital, images: Path, study_uid: str, chart: dict[st
     refused = [o for o in outcomes if not o.stored]
     if refused:
         raise DemoFailed(f"the PACS refused {len(refused)} of {len(outcomes)} images: {refused[0].reason}")
-    ehr = FhirClient(FhirConfig(url=hospital.ehr.url))
-    await ehr.transaction(chart)
-    await ehr.aclose()
 
 
 def _read(api: str, study_uid: str, console: Console) -> dict[str, Any]:
-    """Announce the study twice (it must be read once), wait until it is read and every delivery settled."""
+    """Wait until the study, of which nobody told Wetread, is heard of, read, and every delivery settled."""
     began = time.perf_counter()
+    job: dict[str, Any] = {}
     with (
         httpx.Client(base_url=api, timeout=30, trust_env=False) as client,
-        console.status("Reading the study") as status,
+        console.status("Waiting until the study is heard of") as status,
     ):
-        for _ in range(2):
-            client.post("/events/study", json={"study_instance_uid": study_uid}).raise_for_status()
-        job_id = client.get(f"/studies/{study_uid}/jobs").json()[0]["job_id"]
         while time.perf_counter() - began < READING_TIMEOUT_S:
-            job: dict[str, Any] = client.get(f"/jobs/{job_id}").json()
-            deliveries: list[dict[str, Any]] = client.get(f"/jobs/{job_id}/deliveries").json()
-            status.update(f"Reading the study: {job['state']}, {len(deliveries)} deliveries")
-            if job["state"] not in ("accepted", "reading") and all(d["state"] in SETTLED for d in deliveries):
-                console.print(f"[green]✓[/] [dim]{time.perf_counter() - began:5.1f} s[/] read     state {job['state']}")
-                return {**job, "deliveries": deliveries}
             time.sleep(0.1)
+            jobs = client.get(f"/studies/{study_uid}/jobs").json()
+            if not jobs:
+                continue
+            if not job:
+                _tell_time(console, began, "heard", "the PACS has a new study; nobody told Wetread")
+            job = jobs[0]
+            deliveries: list[dict[str, Any]] = client.get(f"/jobs/{job['job_id']}/deliveries").json()
+            status.update(f"The study is {job['state']}, {len(deliveries)} deliveries")
+            if job["state"] not in GOING_ON and all(d["state"] in SETTLED for d in deliveries):
+                _tell_time(console, began, "read", f"state {job['state']}")
+                return {**job, "deliveries": deliveries}
     raise DemoFailed(f"the study was not read within {READING_TIMEOUT_S:g} s; it is {json.dumps(job)[:500]}")
+
+
+def _tell_time(console: Console, began: float, what: str, detail: str) -> None:
+    console.print(f"[green]✓[/] [dim]{time.perf_counter() - began:5.1f} s[/] {what:<8} {detail}")
 
 
 def _show(received: list[Received], console: Console) -> None:

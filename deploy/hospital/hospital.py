@@ -43,6 +43,9 @@ class Hospital:
             "site": {"sending_facility": "SIMULATOR", "time_zone": "Europe/Amsterdam"},
             "api": {"port": api_port},
             "pacs": pacs,
+            # The phantom and public studies are dated years back, where no hospital's watch would look.
+            "pacs_watch": {"interval_s": 0.5, "recent_days": 20000},
+            "completeness": {"quiet_s": 1.0},
             "ehr": {"url": self.ehr.url},
             "ris": {
                 "host": self.ris.host,
