@@ -23,8 +23,8 @@ LONGEST_PAUSE_S = 60.0
 
 @asynccontextmanager
 async def watch_studies(systems: Systems, start_reading: StartReading) -> AsyncIterator[None]:
-    """Watch the PACS, where that is configured, and the studies that wait, while the block runs. What is there before the
-    block begins is the state to compare with where nothing was ever seen."""
+    """Watch the PACS, where that is configured, and the studies that wait, while the block runs. Where nothing was ever
+    seen, what is there before the block begins is what changes are told by."""
     await _look_first(systems)
     loops = [look_after_studies(systems, start_reading)]
     if systems.pacs is not None and systems.settings.pacs_watch is not None:
