@@ -49,6 +49,8 @@ def _explain_job(job: StudyJob, kept: Kept, protocols: Protocols, screen: Consol
         why = f": {escape(each.reason)}" if each.reason else ""
         told = f"[bold]{escape(each.action)}[/] by {escape(each.person)} at {_time(each.decided_at)}{why}"
         print_indented(told, 2, screen)
+    for reason in (job.facts.get("released_despite") or {"reasons": ()})["reasons"]:
+        print_indented(f"released in spite of: {escape(reason)}", 2, screen)
     _explain_decision(job, kept, protocols, screen)
     print_roles(kept.roles(job), screen)
     if answer := job.facts.get("answer"):

@@ -88,7 +88,15 @@ async def _hear_of(study_uid: str, order: OrderRecord, systems: Systems) -> None
     key = f"{order.order_id}/{order.updated_at.isoformat()}/{study_uid}"
     try:
         await asyncio.to_thread(
-            hear_of_study, systems.arrivals, study_uid, "order", source="order", key=key, now=systems.now()
+            lambda: hear_of_study(
+                systems.arrivals,
+                study_uid,
+                "order",
+                source="order",
+                key=key,
+                now=systems.now(),
+                changed_at=order.updated_at,
+            )
         )
     except ValueError:  # the PACS has it under what is no DICOM UID
         telemetry.log("study of an order not read", source="order", kind="not a DICOM UID")

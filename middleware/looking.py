@@ -27,6 +27,7 @@ from middleware.intake.context import find_own_orders
 from middleware.intake.deciding import Decided
 from middleware.intake.headers import Headers
 from middleware.intake.inbox import accept_study, workflow_id
+from middleware.store.hearing import UNWANTED
 from middleware.store.tables import StudyJob
 from middleware.systems import Systems
 
@@ -150,7 +151,8 @@ class Looking:
         accession = study.accession_number if study else ""
         orders = find_own_orders(self._systems.heard, job.study_instance_uid, accession)
         complete = bool(orders) and all(order.status in COMPLETE for order in orders)
-        return Told(complete or is_stable, any(order.is_on_hold for order in orders))
+        on_hold = any(order.is_on_hold and order.status not in UNWANTED for order in orders)
+        return Told(complete or is_stable, on_hold)
 
     def _patience(self) -> Patience:
         settings = self._systems.settings.completeness

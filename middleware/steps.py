@@ -236,7 +236,7 @@ async def gather_context(job_id: str, route: Route) -> str:
         source = systems().context
         system = _identifier_system()
         found = await _patiently("asking the EHR", lambda: search_chart(source, study, system)) if source else []
-        context = read_chart(found, study, _context_name(), systems().heard)
+        context = read_chart(found, study, _context_name(), systems().heard, systems().settings.site.issuers)
         order = "order found" if context.order else "no order"
         patient = "patient found" if context.patient else "patient not found"
         told = f"{patient}, {order}, {len(context.labs)} labs"
@@ -587,7 +587,7 @@ async def _check_identity_again(job_id: str, study: Study) -> None:
     if here.context is not None:
         with contextlib.suppress(ConnectorError):
             found = await search_identity(here.context, study, _identifier_system())
-            context = read_chart(found, study, _context_name(), here.heard)
+            context = read_chart(found, study, _context_name(), here.heard, here.settings.site.issuers)
     _hold_unless_accepted(job_id, study, context, _find_disagreements(job, study, context))
 
 

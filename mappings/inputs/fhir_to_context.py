@@ -48,6 +48,9 @@ REFUSED_STATUSES = frozenset({"entered-in-error", "cancelled", "refuted", "inact
 WITHDRAWN = frozenset({"entered-in-error", "revoked"})
 """Statuses of an order that nobody wants carried out (FHIR R4 request-status)."""
 
+Issuers = Sequence[Sequence[str]]
+"""Assigning authorities: each entry has the names (DICOM issuer, FHIR identifier system) of one."""
+
 OWN_REPORTS = "urn:wetread:report"
 """Identifier system of Wetread's own reports (mappings.outputs.fhir_elements): they are not priors."""
 
@@ -60,17 +63,21 @@ def _is_universal(system: str) -> bool:
     return bool(system) and (":" in system or system.replace(".", "").isdecimal())
 
 
-def _issuer_agrees(system: str, issuer: str) -> bool:
-    """Whether an identifier system and a DICOM issuer can be the same. A bare name (`HOSPITAL`) and a URI or
-    OID cannot be compared, and count as agreeing; then the value alone must single out one patient."""
+def _issuer_agrees(system: str, issuer: str, issuers: Issuers) -> bool:
+    """Whether an identifier system and a DICOM issuer can be the same. Where the site lists both, it says so. Else a
+    bare name (`HOSPITAL`) and a URI or OID cannot be compared, and count as agreeing; then the value alone must single
+    out one patient."""
+    groups = [next((n for n, names in enumerate(issuers) if name in names), None) for name in (system, issuer)]
+    if None not in groups:
+        return groups[0] == groups[1]
     if not system or not issuer or _is_universal(system) != _is_universal(issuer):
         return True
     return _bare_oid(system) == _bare_oid(issuer)
 
 
-def _is_patient(record: Record, patient_id: str, issuer: str) -> bool:
+def _is_patient(record: Record, patient_id: str, issuer: str, issuers: Issuers) -> bool:
     matches = (i for i in read_identifiers(record.resource) if i.value == patient_id)
-    return record.kind == "Patient" and any(_issuer_agrees(i.system, issuer) for i in matches)
+    return record.kind == "Patient" and any(_issuer_agrees(i.system, issuer, issuers) for i in matches)
 
 
 def _read_name(resource: Json) -> str:
@@ -88,10 +95,10 @@ def _replaced(record: Record) -> bool:
 
 
 def _choose_patient(
-    records: Sequence[Record], patient_id: str, issuer: str, missing: list[str]
+    records: Sequence[Record], patient_id: str, issuer: str, issuers: Issuers, missing: list[str]
 ) -> tuple[ContextPatient | None, Record | None]:
     """The one Patient of this id; two different ones, or a merged one, are none."""
-    matches = [r for r in records if patient_id and _is_patient(r, patient_id, issuer)]
+    matches = [r for r in records if patient_id and _is_patient(r, patient_id, issuer, issuers)]
     found = {r.reference or repr(r.resource): r for r in matches}
     if len(found) != 1:
         listed = ", ".join(sorted(r.title for r in found.values()))
@@ -288,15 +295,16 @@ def fhir_to_context(
     patient_issuer: str,
     accession_number: str,
     study_instance_uid: str = "",
+    issuers: Issuers = (),
 ) -> ClinicalContext:
     """The context that `resources` (resources, Bundles or Bundle entries, in any mix) hold for one study.
 
-    The identifiers are the images'. Nothing that belongs to someone else, or to no one, is
-    used; without a patient nothing is.
+    The identifiers are the images'; `issuers` lists the names that each assigning authority goes by. Nothing that
+    belongs to someone else, or to no one, is used; without a patient nothing is.
     """
     missing: list[str] = []
     records = _read_records(resources, missing)
-    patient, owner = _choose_patient(records, patient_id, patient_issuer, missing)
+    patient, owner = _choose_patient(records, patient_id, patient_issuer, issuers, missing)
     if patient is None or owner is None:
         missing.append("order, PSA, other context: not used, as the patient is not known")
         return ClinicalContext(source, missing=tuple(dict.fromkeys(missing)))

@@ -61,13 +61,19 @@ async def take_study_event(
     """Accept that a study is to be read. Answered once it is durable: 202 for a new event, 200 for a repeated one.
 
     The header `Idempotency-Key` names the event; without it the study's UID does, so that saying the same thing
-    twice reads the study once.
+    twice reads the study once; it reads nothing where the study was read already, by a watcher or an order, and no
+    image came since.
     """
     state: Any = request.app.state
     uid = event.study_instance_uid
     try:
         job, is_new = accept_study(
-            state.systems.store, uid, source="http", key=idempotency_key or uid, now=state.systems.now()
+            state.systems.store,
+            uid,
+            source="http",
+            key=idempotency_key or uid,
+            now=state.systems.now(),
+            is_request=idempotency_key is not None,
         )
         if job.study_instance_uid != uid:
             raise HTTPException(409, "this Idempotency-Key already names an event of another study; use one of its own")

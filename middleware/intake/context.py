@@ -9,6 +9,7 @@ from mappings.inputs.fhir_to_labs import LABS, LOINC
 from mappings.model.codes import Code
 from mappings.model.context import ClinicalContext, ContextOrder
 from mappings.model.study import Study
+from middleware.intake.identity import Issuers, is_anothers
 from middleware.ports import ContextSource
 from middleware.store.heard import OrderRecord
 from middleware.store.hearing import HearingStore
@@ -61,9 +62,11 @@ async def search_chart(source: ContextSource, study: Study, identifier_system: s
     return found
 
 
-def read_chart(found: Sequence[object], study: Study, source_name: str | None, heard: HearingStore) -> ClinicalContext:
+def read_chart(
+    found: Sequence[object], study: Study, source_name: str | None, heard: HearingStore, issuers: Issuers = ()
+) -> ClinicalContext:
     """The context out of what was found; an order that is not there is the one that messages told of. `source_name`
-    None: there is no EHR to ask."""
+    None: there is no EHR to ask. `issuers` are the site's assigning authorities, each with all its names."""
     if source_name is None:
         context = ClinicalContext(source="", missing=("no EHR is configured",))
     else:
@@ -74,8 +77,9 @@ def read_chart(found: Sequence[object], study: Study, source_name: str | None, h
             patient_issuer=study.patient.issuer,
             accession_number=study.accession_number,
             study_instance_uid=study.study_instance_uid,
+            issuers=issuers,
         )
-    return replace(context, order=context.order or find_order(heard, study))
+    return replace(context, order=context.order or find_order(heard, study, issuers))
 
 
 def find_own_orders(heard: HearingStore, study_instance_uid: str, accession_number: str) -> list[OrderRecord]:
@@ -84,11 +88,11 @@ def find_own_orders(heard: HearingStore, study_instance_uid: str, accession_numb
     return [order for order in known if order.study_instance_uid == study_instance_uid] or known
 
 
-def find_order(heard: HearingStore, study: Study) -> ContextOrder | None:
-    """The only order with the study's UID or, where there is none, its accession number; None where there is none, or
-    several."""
+def find_order(heard: HearingStore, study: Study, issuers: Issuers = ()) -> ContextOrder | None:
+    """The only order of this patient with the study's UID or, where there is none, its accession number; None where
+    there is none, or several."""
     orders = find_own_orders(heard, study.study_instance_uid, study.accession_number)
-    same_patient = [order for order in orders if not heard.is_other_patient(order, study.patient.patient_id)]
+    same_patient = [order for order in orders if not is_anothers(order, study, heard, issuers)]
     return _to_context(same_patient[0], study) if len(same_patient) == 1 else None
 
 

@@ -38,9 +38,12 @@ class Headers:
         if outline is None or not is_wanted(outline):
             return outline
         pairs: list[tuple[str, Dataset]] = []
-        for one in series:
+        for one in (one for one in series if _is_of_images(one)):
             for number, header in enumerate(await self._headers(study_uid, one, anew)):
                 pairs.append((f"{_value(one, _SERIES_UID)}/{number}", header))
+        whose = pairs[0][1] if pairs else None
+        for one in (one for one in series if not _is_of_images(one)):
+            pairs.append((_value(one, _SERIES_UID), _outline_beside(whose, study_uid, one)))
         return datasets_to_study(pairs) if pairs else None
 
     async def outline(self, study_uid: str) -> Study | None:
@@ -52,10 +55,8 @@ class Headers:
         return [one for one in found if _value(one, _SERIES_UID)]
 
     async def _headers(self, study_uid: str, series: DicomJson, anew: bool) -> list[Dataset]:
-        """The headers of one series; of one that is about images its outline, since no role looks at it."""
+        """The headers of one series."""
         uid, count = _value(series, _SERIES_UID), _value(series, _INSTANCES)
-        if _value(series, _MODALITY) in NON_IMAGE_MODALITIES:
-            return [_outline(study_uid, series)]
         key = (study_uid, uid)
         if not anew and count and key in self._kept and self._kept[key][0] == count:
             self._kept.move_to_end(key)
@@ -78,6 +79,27 @@ def _outline(study_uid: str, series: DicomJson) -> Dataset:
     dataset = _dataset({**series, "0020000D": {"vr": "UI", "Value": [study_uid]}})
     dataset.SOPInstanceUID = f"0.{_value(series, _INSTANCES) or 0}"
     return dataset
+
+
+def _is_of_images(series: DicomJson) -> bool:
+    return _value(series, _MODALITY) not in NON_IMAGE_MODALITIES
+
+
+def _outline_beside(whose: Dataset | None, study_uid: str, series: DicomJson) -> Dataset:
+    """The outline of a series that is about images: no role looks at it. Whose it is the images say: a search leaves
+    out the issuer, and a PACS that keeps patients by their number alone (Orthanc) tells another site's person of it."""
+    outline = _outline(study_uid, series)
+    if whose is None:
+        return outline
+    for keyword in _WHOSE:
+        if keyword in outline:
+            del outline[keyword]
+        if keyword in whose:
+            outline[keyword] = whose[keyword]
+    return outline
+
+
+_WHOSE = ("PatientID", "IssuerOfPatientID", "PatientName", "PatientBirthDate", "PatientSex", "PatientAge")
 
 
 def _datasets(headers: Sequence[DicomJson]) -> list[Dataset]:

@@ -61,7 +61,7 @@ def _against_orders(study: Study, heard: HearingStore, issuers: Issuers) -> list
     reasons = []
     if all(order.status in UNWANTED for order in orders):
         reasons.append(f"the order of this study is {orders[0].status}")
-    if any(_is_anothers(order, study, heard, issuers) for order in orders):
+    if any(is_anothers(order, study, heard, issuers) for order in orders):
         reasons.append("the order of this study is another patient's")
     stated = [order.accession_number for order in by_uid if order.accession_number]
     if study.accession_number and stated and study.accession_number not in stated:
@@ -71,7 +71,8 @@ def _against_orders(study: Study, heard: HearingStore, issuers: Issuers) -> list
     return reasons
 
 
-def _is_anothers(order: OrderRecord, study: Study, heard: HearingStore, issuers: Issuers) -> bool:
+def is_anothers(order: OrderRecord, study: Study, heard: HearingStore, issuers: Issuers) -> bool:
+    """Whether an order is known to be for another patient than the images', merges followed."""
     patient = study.patient
     return heard.is_other_patient(order, patient.patient_id) or are_other_issuers(
         order.patient_issuer, patient.issuer, issuers

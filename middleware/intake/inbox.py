@@ -19,6 +19,9 @@ rejected stays so until a person releases it."""
 MAY_CHANGE = frozenset({"held", "unmatched"})
 """States that what an order or the EHR says may change: whose study it is, and what rules look at."""
 
+READ_ALREADY = frozenset({"accepted", "reading", "released"})
+"""States in which to hear once more that a study is there is no news, unless images came since."""
+
 TRY_AGAIN = timedelta(minutes=30)
 STOP_TRYING = timedelta(days=2)
 """A failed reading is tried again so often and so long by itself: systems come back, and nobody may be looking."""
@@ -31,31 +34,44 @@ def job_id_of(study_uid: str) -> str:
     return str(derive_uuid("job", study_uid))
 
 
-def accept_study(store: Store, study_uid: str, *, source: str, key: str, now: datetime) -> tuple[StudyJob, bool]:
+def accept_study(
+    store: Store, study_uid: str, *, source: str, key: str, now: datetime, is_request: bool = True
+) -> tuple[StudyJob, bool]:
     """Remember, durably, that a study is to be read; its job, and whether this event is new.
 
     `key` is the source's own name of the event: the same key again changes nothing. A new event of a study that
-    was read before reads it again (other findings become a new revision, the same ones change nothing); one of a
-    study that is being read adds nothing; one that waits for images waits no longer. Raises ValueError for what is not
-    a DICOM UID.
+    was read before reads it again (other findings become a new revision, the same ones change nothing), one of a
+    study that is being read does so afterwards; one that waits for images waits no longer. `is_request` False: it only
+    says that the study is there, which somebody else may have said before; of a study that was read for that, or is
+    being read, it is then looked whether images came since. Raises ValueError for what is not a DICOM UID.
     """
     event = _event(study_uid, "study-available", source, key, now)
-    job, is_new = store.accept_event(event, ended=ENDED | {WAITING})
+    looked_at = frozenset() if is_request else READ_ALREADY
+    job, is_new = store.accept_event(event, ended=ENDED | {WAITING}, looked_at=looked_at)
     _tell(event, job, is_new)
     return job, is_new
 
 
 def hear_of_study(
-    arrivals: ArrivalStore, study_uid: str, kind: Hint, *, source: str, key: str, now: datetime
+    arrivals: ArrivalStore,
+    study_uid: str,
+    kind: Hint,
+    *,
+    source: str,
+    key: str,
+    now: datetime,
+    changed_at: datetime | None = None,
 ) -> tuple[StudyJob, bool]:
     """Remember, durably, a hint that a study exists or has changed; its job, and whether this hint is new.
 
     Image, order and EHR hints of one study are one piece of work, whatever their order and number: the first makes the
     study wait for its images, later ones have them looked at again. Of a study that was read, an order matters only
-    where the run ended for want of it. Raises ValueError for what is not a DICOM UID.
+    where the run ended for want of it and began before the order changed (`changed_at`). Raises ValueError for what is
+    not a DICOM UID.
     """
     event = _event(study_uid, kind, source, key, now)
-    job, is_new = arrivals.hear(event, reopen=MAY_CHANGE, otherwise="nothing: the study was read already")
+    otherwise = "nothing: the study was read already"
+    job, is_new = arrivals.hear(event, reopen=MAY_CHANGE, otherwise=otherwise, changed_at=changed_at)
     _tell(event, job, is_new)
     return job, is_new
 

@@ -37,24 +37,34 @@ class ArrivalStore:
 
     # Events
 
-    def hear(self, happened: StudyEvent, *, reopen: Collection[str] = (), otherwise: str = "") -> tuple[StudyJob, bool]:
+    def hear(
+        self,
+        happened: StudyEvent,
+        *,
+        reopen: Collection[str] = (),
+        otherwise: str = "",
+        changed_at: datetime | None = None,
+    ) -> tuple[StudyJob, bool]:
         """Remember an event that is a hint, not a request; the study's job and whether the event is new.
 
         A study nobody knew waits from now on; one that waits is looked at at once; one whose run ended in a state of
-        `reopen` is read again, and of any other the event is kept with the note `otherwise`. Events of images
-        (`kind` images, images-stable) of a study that was read ask for a look at what came.
+        `reopen` waits again, so that a look decides whether it is to be read, and of any other the event is kept with
+        the note `otherwise`. What is told of changed at `changed_at`; a run that began later knew it, and is not
+        repeated. Events of images (`kind` images, images-stable) of a study that was read ask for a look at what came.
         """
         try:
-            return self._hear_in_turn(happened, reopen, otherwise)
+            return self._hear_in_turn(happened, reopen, otherwise, changed_at)
         except IntegrityError:  # another connection heard of the same study meanwhile
-            return self._hear_in_turn(happened, reopen, otherwise)
+            return self._hear_in_turn(happened, reopen, otherwise, changed_at)
 
-    def _hear_in_turn(self, happened: StudyEvent, reopen: Collection[str], otherwise: str) -> tuple[StudyJob, bool]:
+    def _hear_in_turn(
+        self, happened: StudyEvent, reopen: Collection[str], otherwise: str, changed_at: datetime | None
+    ) -> tuple[StudyJob, bool]:
         with changing(self._engine) as session:
             known = session.get(StudyEvent, happened.idempotency_key)
             if known is not None:
                 return _job(session, known.job_id), False
-            return _apply(session, happened, reopen, otherwise), True
+            return _apply(session, happened, reopen, otherwise, changed_at), True
 
     def see(self, found: Sequence[Seen], source: str, now: datetime, job_ids: Mapping[str, str]) -> int:
         """Remember what the PACS has; for each study that differs from before, an event of its images. The number of
@@ -160,7 +170,13 @@ def _job(session: Session, job_id: str, *, for_update: bool = False) -> StudyJob
     return job
 
 
-def _apply(session: Session, happened: StudyEvent, reopen: Collection[str], otherwise: str) -> StudyJob:
+def _apply(
+    session: Session,
+    happened: StudyEvent,
+    reopen: Collection[str],
+    otherwise: str,
+    changed_at: datetime | None = None,
+) -> StudyJob:
     event = StudyEvent(**happened.model_dump())
     at = event.received_at
     job = session.get(StudyJob, event.job_id, with_for_update=True)
@@ -172,9 +188,8 @@ def _apply(session: Session, happened: StudyEvent, reopen: Collection[str], othe
         event.note = "nothing: a person rejected this study"
     elif event.kind.startswith("images") or job.state == WAITING:
         job.look_at = at
-    elif job.state in reopen:
-        start_next_run(job, at)
-        job.look_at = at
+    elif job.state in reopen and _is_news(job, changed_at):
+        job.state, job.look_at = WAITING, at
     else:
         event.note = otherwise
     if event.kind == "images-stable":
@@ -183,6 +198,12 @@ def _apply(session: Session, happened: StudyEvent, reopen: Collection[str], othe
     session.add(event)
     session.flush()
     return job
+
+
+def _is_news(job: StudyJob, changed_at: datetime | None) -> bool:
+    """Whether the last run of the job began before this changed."""
+    began = job.facts.get("run_started_at")
+    return changed_at is None or changed_at > (datetime.fromisoformat(began) if began else job.created_at)
 
 
 def _remember(session: Session, row: SeenStudy | None, seen: Seen, now: datetime) -> SeenStudy:

@@ -68,16 +68,20 @@ class Store:
 
     # Events and jobs
 
-    def accept_event(self, happened: StudyEvent, *, ended: Collection[str] = ()) -> tuple[StudyJob, bool]:
+    def accept_event(
+        self, happened: StudyEvent, *, ended: Collection[str] = (), looked_at: Collection[str] = ()
+    ) -> tuple[StudyJob, bool]:
         """Remember an event and its job durably; the job and whether the event is new. The same key twice is
         one event; a second event of a job that exists adds no second job, but starts its next run where the job's
-        state is among `ended`, in the same transaction."""
+        state is among `ended`, or has its images looked at again where among `looked_at`, in the same transaction."""
         try:
-            return self._add_event(happened, ended)
+            return self._add_event(happened, ended, looked_at)
         except IntegrityError:  # the event, or another one of the same study, arrived on another connection meanwhile
-            return self._add_event(happened, ended)
+            return self._add_event(happened, ended, looked_at)
 
-    def _add_event(self, happened: StudyEvent, ended: Collection[str]) -> tuple[StudyJob, bool]:
+    def _add_event(
+        self, happened: StudyEvent, ended: Collection[str], looked_at: Collection[str]
+    ) -> tuple[StudyJob, bool]:
         with self._changing() as session:
             known = session.get(StudyEvent, happened.idempotency_key)
             if known is not None:
@@ -92,6 +96,8 @@ class Store:
                     created_at=happened.received_at,
                     updated_at=happened.received_at,
                 )
+            elif job.state in looked_at:
+                job.look_at = happened.received_at
             elif job.state in ended:
                 start_next_run(job, happened.received_at)
                 job.look_at = happened.received_at  # whoever looks after jobs starts it, should the caller die now
