@@ -4,7 +4,7 @@ Data errors never raise: `missing` says what was looked for and not found, or fo
 sentences name resources, never patients.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from datetime import date, timedelta
 
 from mappings.inputs.fhir_elements import (
@@ -60,17 +60,18 @@ def _is_universal(system: str) -> bool:
     return bool(system) and (":" in system or system.replace(".", "").isdecimal())
 
 
-def _issuer_agrees(system: str, issuer: str) -> bool:
-    """Whether an identifier system and a DICOM issuer can be the same. A bare name (`HOSPITAL`) and a URI or
-    OID cannot be compared, and count as agreeing; then the value alone must single out one patient."""
-    if not system or not issuer or _is_universal(system) != _is_universal(issuer):
+def _issuer_agrees(system: str, issuer: str, names: Collection[str]) -> bool:
+    """Whether an identifier system and a DICOM issuer can be the same; they are where `names` (of the issuer) has the
+    system. A bare name (`HOSPITAL`) and a URI or OID cannot be compared, and count as agreeing; then the value alone
+    must single out one patient."""
+    if not system or not issuer or system in names or _is_universal(system) != _is_universal(issuer):
         return True
     return _bare_oid(system) == _bare_oid(issuer)
 
 
-def _is_patient(record: Record, patient_id: str, issuer: str) -> bool:
+def _is_patient(record: Record, patient_id: str, issuer: str, names: Collection[str]) -> bool:
     matches = (i for i in read_identifiers(record.resource) if i.value == patient_id)
-    return record.kind == "Patient" and any(_issuer_agrees(i.system, issuer) for i in matches)
+    return record.kind == "Patient" and any(_issuer_agrees(i.system, issuer, names) for i in matches)
 
 
 def _read_name(resource: Json) -> str:
@@ -88,10 +89,10 @@ def _replaced(record: Record) -> bool:
 
 
 def _choose_patient(
-    records: Sequence[Record], patient_id: str, issuer: str, missing: list[str]
+    records: Sequence[Record], patient_id: str, issuer: str, names: Collection[str], missing: list[str]
 ) -> tuple[ContextPatient | None, Record | None]:
     """The one Patient of this id; two different ones, or a merged one, are none."""
-    matches = [r for r in records if patient_id and _is_patient(r, patient_id, issuer)]
+    matches = [r for r in records if patient_id and _is_patient(r, patient_id, issuer, names)]
     found = {r.reference or repr(r.resource): r for r in matches}
     if len(found) != 1:
         listed = ", ".join(sorted(r.title for r in found.values()))
@@ -288,15 +289,16 @@ def fhir_to_context(
     patient_issuer: str,
     accession_number: str,
     study_instance_uid: str = "",
+    issuer_names: Collection[str] = (),
 ) -> ClinicalContext:
     """The context that `resources` (resources, Bundles or Bundle entries, in any mix) hold for one study.
 
-    The identifiers are the images'. Nothing that belongs to someone else, or to no one, is
-    used; without a patient nothing is.
+    The identifiers are the images'; `issuer_names` are what else the issuer of their patient id is called. Nothing
+    that belongs to someone else, or to no one, is used; without a patient nothing is.
     """
     missing: list[str] = []
     records = _read_records(resources, missing)
-    patient, owner = _choose_patient(records, patient_id, patient_issuer, missing)
+    patient, owner = _choose_patient(records, patient_id, patient_issuer, issuer_names, missing)
     if patient is None or owner is None:
         missing.append("order, PSA, other context: not used, as the patient is not known")
         return ClinicalContext(source, missing=tuple(dict.fromkeys(missing)))

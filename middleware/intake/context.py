@@ -12,6 +12,7 @@ from mappings.model.study import Study
 from middleware.ports import ContextSource
 from middleware.store.heard import OrderRecord
 from middleware.store.hearing import HearingStore
+from middleware.store.issuers import Issuers, names_of_issuer
 
 _PRIORITY = {"S": "stat", "A": "asap", "T": "urgent", "P": "urgent", "C": "urgent", "R": "routine"}
 """HL7 table 0485 to FHIR request-priority; what FHIR has no word for is urgent."""
@@ -61,9 +62,11 @@ async def search_chart(source: ContextSource, study: Study, identifier_system: s
     return found
 
 
-def read_chart(found: Sequence[object], study: Study, source_name: str | None, heard: HearingStore) -> ClinicalContext:
+def read_chart(
+    found: Sequence[object], study: Study, source_name: str | None, heard: HearingStore, issuers: Issuers = ()
+) -> ClinicalContext:
     """The context out of what was found; an order that is not there is the one that messages told of. `source_name`
-    None: there is no EHR to ask."""
+    None: there is no EHR to ask. `issuers` are the authorities that the site has listed."""
     if source_name is None:
         context = ClinicalContext(source="", missing=("no EHR is configured",))
     else:
@@ -72,6 +75,7 @@ def read_chart(found: Sequence[object], study: Study, source_name: str | None, h
             source=source_name,
             patient_id=study.patient.patient_id,
             patient_issuer=study.patient.issuer,
+            issuer_names=names_of_issuer(study.patient.issuer, issuers),
             accession_number=study.accession_number,
             study_instance_uid=study.study_instance_uid,
         )
