@@ -18,14 +18,18 @@ class NotDecidable(Exception):
     """The job is not in a state that a person can decide about so; the message says which and what else to do."""
 
 
-def release_study(store: Store, job_id: str, *, person: str, reason: str, now: datetime) -> StudyJob:
-    """Have a held study read in spite of the reasons it was held for, or a rejected one after all; the accepted job.
-    It is held again where another reason appears, or images, EHR or orders name somebody else by then. Raises
+def release_study(
+    store: Store, job_id: str, *, person: str, reason: str, now: datetime, overrule: bool = False
+) -> StudyJob:
+    """Have a held study read in spite of the reasons it was held for; the accepted job. `overrule`: also one that
+    somebody has rejected, which whoever looked at the list before cannot know. It is held again where another reason appears, or images, EHR or orders name somebody else by then. Raises
     LookupError, NotDecidable."""
 
     def apply(job: StudyJob) -> None:
         if job.state not in RELEASABLE:
             raise NotDecidable(f"the study is {job.state}, not held: there is nothing to release")
+        if job.state == "rejected" and not overrule:
+            raise NotDecidable("the study is rejected: to have it read all the same, release it with --overrule")
         reasons = job.reasons if job.state == "held" else job.facts.get("held_reasons", [])
         identity = job.facts.get("held_identity", "")
         accepted = {"identity": identity, "reasons": list(reasons), "person": " ".join(person.split())}

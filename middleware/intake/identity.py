@@ -8,6 +8,7 @@ import hashlib
 
 from mappings.model.context import ClinicalContext, ContextPatient
 from mappings.model.study import Study
+from middleware.intake.orders import OTHER_PATIENT
 from middleware.store.heard import OrderRecord
 from middleware.store.hearing import UNWANTED, HearingStore
 from middleware.store.issuers import Issuers, are_other_issuers
@@ -55,6 +56,8 @@ def find_heard_disagreements(study: Study, heard: HearingStore, issuers: Issuers
     if heard.was_merged_away(patient.patient_id, patient.issuer):
         reasons.append("the patient of the images was merged into another one (ADT^A40); correct the images first")
     reasons += _against_orders(study, heard, issuers)
+    if _was_told_of_two_patients(study, heard):
+        reasons.append("an order message of this study names another patient than those before it, and was refused")
     reasons += _against_record(study, heard)
     return tuple(reasons)
 
@@ -77,6 +80,13 @@ def _against_orders(study: Study, heard: HearingStore, issuers: Issuers) -> list
     if not by_uid and all(order.study_instance_uid for order in orders):
         reasons.append("the order of this accession number is for another Study Instance UID")
     return reasons
+
+
+def _was_told_of_two_patients(study: Study, heard: HearingStore) -> bool:
+    """Whether a message was refused since the study's order was told of for somebody else. Which of them is right only
+    a person can say."""
+    numbers = {("study_instance_uid", study.study_instance_uid), ("accession_number", study.accession_number)}
+    return any(f"order {OTHER_PATIENT}" in note for one in heard.refused_about(numbers) for note in one.notes)
 
 
 def _is_anothers(order: OrderRecord, study: Study, heard: HearingStore, issuers: Issuers) -> bool:
