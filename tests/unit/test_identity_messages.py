@@ -194,9 +194,7 @@ def chart(*systems: str) -> ClinicalContext:
         ("ELSEWHERE", ["http://lake.example/mrn"], False),
     ],
 )
-def test_patient_id_of_another_issuer_in_the_ehr_is_a_disagreement(
-    issuer: str, systems: list[str], held: bool
-) -> None:
+def test_patient_id_of_another_issuer_in_the_ehr_is_a_disagreement(issuer: str, systems: list[str], held: bool) -> None:
     found = find_disagreements(images(issuer=issuer), chart(*systems), context_expected=True, issuers=ISSUERS)
     assert found == (("the PatientID of the images is of another issuer than in ehr",) if held else ())
     assert find_disagreements(images(issuer=issuer), chart(*systems), context_expected=True) == ()
@@ -220,9 +218,7 @@ def test_merged_patient_in_the_ehr_is_named_as_the_reason() -> None:
         "identifier": [{"value": "4711"}],
         "link": [{"type": "replaced-by", "other": {"reference": "Patient/q"}}],
     }
-    context = fhir_to_context(
-        [17, patient], source="ehr", patient_id="4711", patient_issuer="", accession_number="ACC"
-    )
+    context = fhir_to_context([17, patient], source="ehr", patient_id="4711", patient_issuer="", accession_number="ACC")
     assert find_disagreements(STUDY, context, context_expected=True) == (
         "ehr has no single patient with the images' PatientID",
         "patient: Patient/p was merged into another (replaced-by); it was not used",
