@@ -21,9 +21,12 @@ class NotDecidable(Exception):
 def release_study(
     store: Store, job_id: str, *, person: str, reason: str, now: datetime, overrule: bool = False
 ) -> StudyJob:
-    """Have a held study read in spite of the reasons it was held for; the accepted job. `overrule`: also one that
-    somebody has rejected, which whoever looked at the list before cannot know. It is held again where another reason appears, or images, EHR or orders name somebody else by then. Raises
-    LookupError, NotDecidable."""
+    """Have a held study read in spite of the reasons it was held for; the accepted job.
+
+    It is held again where another reason appears, or images, EHR or orders name somebody else by then. `overrule`:
+    also a study that somebody has rejected, which whoever looked at the list before that does not know. Raises
+    LookupError, NotDecidable.
+    """
 
     def apply(job: StudyJob) -> None:
         if job.state not in RELEASABLE:

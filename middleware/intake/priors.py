@@ -6,6 +6,7 @@ from datetime import date
 from typing import Any
 
 from pydantic import TypeAdapter
+from pydicom.config import IGNORE
 from pydicom.uid import UID
 
 from mappings.inputs.fhir_elements import as_dict
@@ -160,7 +161,10 @@ def join_priors(
 
 def is_earlier(candidate: Study, study: Study, issuers: Issuers = ()) -> bool:
     """Whether a study may be a prior: another one, not later, and of nobody else by issuer, birth date and sex."""
-    if not UID(candidate.study_instance_uid).is_valid or candidate.study_instance_uid == study.study_instance_uid:
+    if (
+        not UID(candidate.study_instance_uid, IGNORE).is_valid
+        or candidate.study_instance_uid == study.study_instance_uid
+    ):
         return False
     if candidate.study_date and study.study_date and _moment(candidate, study) > _moment(study, candidate):
         return False
