@@ -120,6 +120,7 @@ def test_disagreement_with_messages_holds_before_inference(
 def merge_in_messages(hospital: Hospital, fresh: Copy) -> None:
     away = fresh.spec.patient_id
     merge = write_message("ADT^A40", f"m-{away}", f"MRG|{away}^^^HOSP", patient=f"{away}-NEW")
+    merge = merge.replace(b"19610203|F", b"19580412|M")  # the survivor is the phantom's patient
     assert hospital.hear(merge).state == "applied"
 
 
