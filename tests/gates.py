@@ -143,8 +143,9 @@ class Hospital:
         return " ".join(self.artifact(job, "report.txt", revision).decode().split())
 
     def sr_text(self, job: StudyJob, revision: int = 1) -> str:
-        """Everything that the SR says."""
-        return " ".join(str(pydicom.dcmread(BytesIO(self.artifact(job, "sr.dcm", revision)))).split())
+        """Every text that the SR holds."""
+        report = pydicom.dcmread(BytesIO(self.artifact(job, "sr.dcm", revision)))
+        return " ".join(str(item.value) for item in report.iterall() if item.keyword == "TextValue")
 
 
 @contextmanager

@@ -148,14 +148,20 @@ def test_no_event_reads_what_was_rejected_only_a_release_that_says_so(
         fresh.instances[0], SOPInstanceUID=derived_uid("reject/extra"), SeriesInstanceUID=derived_uid("reject/series")
     )
     store_in(hospital.orthanc.dicomweb_url, fresh.study_uid, [extra])
-    answer = hospital.site.service.announce(fresh.study_uid)
+    answer = hospital.site.service.announce(fresh.study_uid, **{"Idempotency-Key": "rejected-1"})
     assert answer is not None
-    assert answer.status_code < 300
-    heard = {"pacs", "order", "api"}
-    until(lambda: heard <= {e.source for e in hospital.site.events(fresh.study_uid) if e.note == REJECTED}, 60)
+    assert (answer.status_code, answer.json()["state"]) == (202, "rejected")
+    heard = {"pacs", "order", "http"}
+    noted: set[str] = set()
+
+    def all_noted() -> bool:
+        noted.update(e.source for e in hospital.site.events(fresh.study_uid) if e.note == REJECTED)
+        return heard <= noted
+
+    until(all_noted, 60, f"hearing {heard}, not only {noted},")
     hospital.site.service.kill()
     hospital.site.start()
-    hospital.site.service.announce(fresh.study_uid)
+    hospital.site.service.announce(fresh.study_uid, **{"Idempotency-Key": "rejected-2"})
     kept = hospital.site.job(fresh.study_uid)
     assert kept is not None
     assert (kept.state, kept.facts.get("run", 1), kept.look_at) == ("rejected", 1, None)

@@ -1,6 +1,5 @@
 """Priors end to end: a real Orthanc, the running service, and two sittings of a patient whose lesion grew as known."""
 
-import asyncio
 import json
 import re
 import subprocess
@@ -17,8 +16,6 @@ import pydicom
 import pytest
 from fastapi import Response
 
-from connectors.dicomweb.client import DicomwebClient
-from connectors.dicomweb.config import DicomwebConfig
 from deploy.hospital.pacs import RunningOrthanc
 from middleware.store.tables import StudyJob
 from tests.arrivals import store_in
@@ -118,8 +115,10 @@ def test_two_sittings_report_the_known_growth_in_everything_that_was_delivered(
         for item in lesion["measurementItems"]
         if item["units"]["CodeValue"] == "%" and "olume" in str(item)
     ]
-    observations = [o for o in hospital.find_in_ehr("Observation", _count="500") if job.job_id in str(o["identifier"])]
-    components = [c for o in observations for c in o.get("component", [])]
+    (patient,) = hospital.find_in_ehr("Patient", identifier="PRIOR-GROW")
+    observations = hospital.find_in_ehr("Observation", patient=f"Patient/{patient['id']}", _count="200")
+    lesions = [o for o in observations if o["code"].get("text") == "Lesion 1"]
+    components = [c for o in lesions for c in o.get("component", [])]
     in_fhir = [c["valueQuantity"]["value"] for c in components if c["code"]["coding"][-1]["code"] == "volume_percent"]
     (message,) = [m.text for m in hospital.ris.accepted() if later.spec.accession in m.text]
     rows = [row.split("|") for row in re.split(r"[\r\n]", message) if row.startswith("OBX|")]
@@ -165,24 +164,18 @@ def test_study_of_another_patient_with_the_same_id_is_no_prior(
     else:
         store_in(hospital.orthanc.dicomweb_url, other.study_uid, other.instances)
     mine = second.copy(f"{name}-2", patient_id, IssuerOfPatientID="HOSPITAL")
-    assert comparison(hospital, read(hospital, mine)).strip() == NO_PRIOR
+    assert comparison(hospital, read(hospital, mine)).strip().endswith(NO_PRIOR)
 
 
 def test_later_study_is_never_a_prior(hospital: Hospital, first: Sitting, second: Sitting) -> None:
     read(hospital, second.copy("later-2", "PRIOR-LATER"))
-    assert comparison(hospital, read(hospital, first.copy("later-1", "PRIOR-LATER"))).strip() == NO_PRIOR
+    assert comparison(hospital, read(hospital, first.copy("later-1", "PRIOR-LATER"))).strip().endswith(NO_PRIOR)
 
 
 def test_wildcard_in_the_patient_id_finds_nobody_else(hospital: Hospital, second: Sitting) -> None:
-    pacs = DicomwebClient(DicomwebConfig(url=hospital.orthanc.dicomweb_url))
-
-    async def search() -> list[dict[str, Any]]:
-        found = await pacs.search_studies({"PatientID": "PRIOR-*"})
-        await pacs.aclose()
-        return found
-
-    assert len(asyncio.run(search())) > 1  # Orthanc takes it for a wildcard
-    assert comparison(hospital, read(hospital, second.copy("wild", "PRIOR-*"))).strip() == NO_PRIOR
+    url = f"{hospital.orthanc.dicomweb_url}/studies?PatientID=PRIOR-*"
+    assert len(httpx.get(url, trust_env=False, timeout=30).json()) > 1  # Orthanc takes it for a wildcard
+    assert comparison(hospital, read(hospital, second.copy("wild", "PRIOR-*"))).strip().endswith(NO_PRIOR)
 
 
 @contextmanager
@@ -212,7 +205,7 @@ def test_silent_ehr_is_named_and_stops_nothing(hospital: Hospital, second: Sitti
     with refusing(hospital.proxy, lambda method, path: path == "fhir/ImagingStudy" and next(asked) == 1):
         job = read(hospital, second.copy("mute", "PRIOR-MUTE"))
     assert "Priors were not looked for in the EHR: it did not answer." in hospital.report_text(job)
-    assert comparison(hospital, job).strip() == NO_PRIOR
+    assert comparison(hospital, job).strip().endswith(NO_PRIOR)
 
 
 def test_prior_that_only_the_ehr_knows_is_named(hospital: Hospital, second: Sitting) -> None:
