@@ -175,7 +175,7 @@ async def open_systems(settings: Settings, overrides: Overrides | None = None) -
         yield Systems(
             settings=settings,
             store=store,
-            heard=HearingStore(engine),
+            heard=HearingStore(engine, settings.site.issuers),
             arrivals=ArrivalStore(engine),
             ehr_events=EhrEventStore(engine),
             artifacts=ArtifactStore(settings.artifacts_url or str(settings.data_dir.absolute() / "artifacts")),

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -151,14 +152,21 @@ PersonOption = Annotated[str, typer.Option(help="Who decides; default: the user 
 
 
 @cli.command()
-def release(job: JobArgument, reason: ReasonOption, person: PersonOption = "", config: ConfigOption = None) -> None:
-    """Have a held study read in spite of the reasons it was held for."""
-    holding_desk.decide(load_settings(config), release_study, job, person or getpass.getuser(), reason, screen)
+def release(
+    job: JobArgument,
+    reason: ReasonOption,
+    person: PersonOption = "",
+    overrule: Annotated[bool, typer.Option("--overrule", help="Also where somebody has rejected the study.")] = False,
+    config: ConfigOption = None,
+) -> None:
+    """Have a held study read in spite of the reasons it was held for; the result says who released it."""
+    act = partial(release_study, overrule=overrule)
+    holding_desk.decide(load_settings(config), act, job, person or getpass.getuser(), reason, screen)
 
 
 @cli.command()
 def reject(job: JobArgument, reason: ReasonOption, person: PersonOption = "", config: ConfigOption = None) -> None:
-    """Put a study away: it is not read unless a person releases it."""
+    """Put a study away: no event reads it from now on, unless a person releases it with --overrule."""
     holding_desk.decide(load_settings(config), reject_study, job, person or getpass.getuser(), reason, screen)
 
 

@@ -7,10 +7,10 @@ from datetime import datetime
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from middleware.intake.holding import NotDecidable
 from middleware.settings import Settings
+from middleware.showing import print_indented
 from middleware.store.queries import Store, open_engine
 from middleware.store.tables import StudyJob
 
@@ -33,12 +33,15 @@ def list_held(settings: Settings, screen: Console) -> None:
     if not jobs:
         screen.print("No study is held.")
         return
-    table = Table("job", "study", "since", "why", show_lines=True)
     for job in jobs:
-        why = "\n".join(f"- {escape(reason)}" for reason in job.reasons)
-        table.add_row(job.job_id, job.study_instance_uid, f"{job.updated_at.astimezone():%Y-%m-%d %H:%M}", why)
-    screen.print(table)
-    screen.print('Correct what is wrong at its source, or: wetread release JOB --reason "..." | wetread reject JOB ...')
+        # No table: ids are to be copied whole, however narrow the screen is.
+        screen.print(f"[bold]{job.job_id}[/] held since {job.updated_at.astimezone():%Y-%m-%d %H:%M}", soft_wrap=True)
+        screen.print(f"  study {escape(job.study_instance_uid)}", soft_wrap=True)
+        for reason in job.reasons:
+            print_indented(f"- {escape(reason)}", 2, screen)
+    screen.print("\nCorrect what is wrong at its source, and the next event of the study reads it again. Or:")
+    screen.print('  wetread release JOB --reason "..."   have it read in spite of these reasons', soft_wrap=True)
+    screen.print('  wetread reject JOB --reason "..."    put it away', soft_wrap=True)
 
 
 def decide(settings: Settings, action: Decide, job: str, person: str, reason: str, screen: Console) -> None:
@@ -55,5 +58,12 @@ def decide(settings: Settings, action: Decide, job: str, person: str, reason: st
             ) from error
         except NotDecidable as error:
             raise typer.BadParameter(str(error)) from error
-    follows = "the service reads it now" if decided.state == "accepted" else "nothing reads it from now on"
-    screen.print(f"Job {decided.job_id} is [bold]{decided.state}[/] by {escape(person)}: {follows}.", soft_wrap=True)
+        by = store.decisions(job_id)[-1].person
+    follows = _FOLLOWS[decided.state]
+    screen.print(f"Job {decided.job_id} is [bold]{decided.state}[/], decided by {escape(by)}: {follows}.")
+
+
+_FOLLOWS = {
+    "accepted": "the service reads it now, and the result will say so",
+    "rejected": "nothing reads it from now on but `wetread release --overrule`",
+}

@@ -79,6 +79,6 @@ def open_kept(settings: Settings) -> Iterator[Kept | None]:
     engine = open_engine(url)
     artifacts = ArtifactStore(settings.artifacts_url or str(settings.data_dir.absolute() / "artifacts"))
     try:
-        yield Kept(Store(engine), HearingStore(engine), artifacts)
+        yield Kept(Store(engine), HearingStore(engine, settings.site.issuers), artifacts)
     finally:
         engine.dispose()

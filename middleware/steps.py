@@ -40,6 +40,7 @@ from middleware.intake.priors import find_in_ehr, find_in_pacs, find_own, join_p
 from middleware.release.deliveries import plan_deliveries
 from middleware.release.rendering import Addresses, render_all
 from middleware.release.validation import find_faults
+from middleware.store.issuers import Issuers
 from middleware.store.tables import ArtifactRecord, StepRun, StudyJob
 from middleware.systems import Systems
 
@@ -236,7 +237,7 @@ async def gather_context(job_id: str, route: Route) -> str:
         source = systems().context
         system = _identifier_system()
         found = await _patiently("asking the EHR", lambda: search_chart(source, study, system)) if source else []
-        context = read_chart(found, study, _context_name(), systems().heard, systems().settings.site.issuers)
+        context = read_chart(found, study, _context_name(), systems().heard, _issuers())
         order = "order found" if context.order else "no order"
         patient = "patient found" if context.patient else "patient not found"
         told = f"{patient}, {order}, {len(context.labs)} labs"
@@ -246,6 +247,10 @@ async def gather_context(job_id: str, route: Route) -> str:
 
 def _context_name() -> str | None:
     return systems().context_name if systems().context is not None else None
+
+
+def _issuers() -> Issuers:
+    return systems().settings.site.issuers
 
 
 def _identifier_system() -> str:
@@ -272,10 +277,10 @@ async def check_identity(job_id: str, route: Route, context: str) -> None:
 
 
 def _find_disagreements(job: StudyJob, study: Study, context: ClinicalContext) -> tuple[str, ...]:
-    here = systems()
+    here, issuers = systems(), _issuers()
     return (
-        *find_disagreements(study, context, context_expected=here.context is not None),
-        *find_heard_disagreements(study, here.heard, here.settings.site.issuers),
+        *find_disagreements(study, context, context_expected=here.context is not None, issuers=issuers),
+        *find_heard_disagreements(study, here.heard, issuers),
         *_find_former_patient(job, study),
     )
 
@@ -291,16 +296,19 @@ def _find_former_patient(job: StudyJob, study: Study) -> tuple[str, ...]:
     return ("a result of this study was released for another patient before; correct that one first",)
 
 
-def _hold_unless_accepted(job_id: str, study: Study, context: ClinicalContext, disagreements: tuple[str, ...]) -> str:
+def _hold_unless_accepted(
+    job_id: str, study: Study, context: ClinicalContext, disagreements: tuple[str, ...], *, is_told: bool = True
+) -> str:
     """Who released the study in spite of these disagreements; empty where there is nothing to hold for. Raises Stopped
     (held) for one that nobody accepted, or where images or EHR say something else now."""
     store, now = systems().store, systems().now()
     if not disagreements or (systems().context is None and not systems().configured()):
         store.update_job(job_id, now, facts={"released_despite": None})
         return ""
-    identity = digest_identity(study, context)
+    identity = digest_identity(study, context, systems().heard)
     accepted = store.job(job_id).facts.get("accepted", {})
-    if accepted.get("identity") != identity or not set(disagreements) <= set(accepted["reasons"]):
+    is_accepted = accepted.get("identity") == identity and set(disagreements) <= set(accepted["reasons"])
+    if not is_accepted or not is_told:
         store.update_job(job_id, now, facts={"held_identity": identity})
         raise Stopped("held", disagreements)
     person = str(accepted["person"])
@@ -331,12 +339,12 @@ async def find_priors(job_id: str, route: Route, context: str) -> str:
     async with _run("priors", job_id) as watch:
         here, study = systems(), _load(_STUDY, route["study"])
         protocol, known = here.protocols[route["protocol"]].protocol, _load(_CONTEXT, context)
-        own = await asyncio.to_thread(find_own, here.store, here.heard, here.artifacts, study, protocol)
+        own = await asyncio.to_thread(find_own, here.store, here.heard, here.artifacts, study, protocol, _issuers())
         silent: list[str] = []
         in_pacs, in_ehr = [], []
         if here.pacs is not None and study.patient.patient_id:
             names = await asyncio.to_thread(here.heard.names_of, study.patient.patient_id, study.patient.issuer)
-            in_pacs = await _or_nothing(find_in_pacs(here.pacs, names, study, protocol), "PACS", silent)
+            in_pacs = await _or_nothing(find_in_pacs(here.pacs, names, study, protocol, _issuers()), "PACS", silent)
         if here.context is not None and known.patient is not None:
             in_ehr = await _or_nothing(
                 find_in_ehr(here.context, known.patient.reference, study, protocol), "EHR", silent
@@ -353,8 +361,9 @@ async def find_priors(job_id: str, route: Route, context: str) -> str:
 async def _or_nothing(search: Awaitable[list[PriorStudy]], system: str, silent: list[str]) -> list[PriorStudy]:
     try:
         return await search
-    except ConnectorError:
-        silent.append(f"Priors were not looked for in the {system}: it did not answer.")
+    except ConnectorError as error:
+        why = "its answer cannot be used" if isinstance(error, Permanent) else "it did not answer"
+        silent.append(f"Priors were not looked for in the {system}: {why}.")
         return []
 
 
@@ -587,8 +596,11 @@ async def _check_identity_again(job_id: str, study: Study) -> None:
     if here.context is not None:
         with contextlib.suppress(ConnectorError):
             found = await search_identity(here.context, study, _identifier_system())
-            context = read_chart(found, study, _context_name(), here.heard, here.settings.site.issuers)
-    _hold_unless_accepted(job_id, study, context, _find_disagreements(job, study, context))
+            context = read_chart(found, study, _context_name(), here.heard, _issuers())
+    disagreements = _find_disagreements(job, study, context)
+    told = (job.facts.get("released_despite") or {"reasons": ()})["reasons"]
+    # What the draft does not say is held even where a person has accepted it: read anew, the draft says it.
+    _hold_unless_accepted(job_id, study, context, disagreements, is_told=set(disagreements) <= set(told))
 
 
 @DBOS.step()

@@ -24,6 +24,10 @@ def build_trace(systems: Systems, job_id: str) -> dict[str, Any]:
             {"source": e.source, "key": e.idempotency_key, "received_at": e.received_at.isoformat()}
             for e in store.events_of_job(job_id)
         ],
+        "decisions": [
+            {"action": d.action, "person": d.person, "reason": d.reason, "decided_at": d.decided_at.isoformat()}
+            for d in store.decisions(job_id)
+        ],
         "protocol": {
             "name": job.protocol,
             "version": loaded.protocol.version if loaded else "",

@@ -12,6 +12,7 @@ from mappings.inputs.er7_to_message import read_message
 from middleware.intake.hearing import Hearing, HearingPolicy
 from middleware.store.heard import HeardMessage, OrderRecord, PatientRecord, ReportRecord
 from middleware.store.hearing import Arrived, HearingStore
+from middleware.store.issuers import Issuers
 
 ZONE = ZoneInfo("Europe/Berlin")
 START = datetime(2026, 3, 4, 10, 30, tzinfo=UTC)
@@ -44,10 +45,10 @@ def order_segments(control: str, numbers: Sequence[str], *, status: str = "", re
 class Inbox:
     """Messages heard one after the other, a minute apart, each applied at once."""
 
-    def __init__(self, policy: HearingPolicy = POLICY) -> None:
+    def __init__(self, policy: HearingPolicy = POLICY, issuers: Issuers = ()) -> None:
         engine = create_engine("sqlite://", poolclass=StaticPool, connect_args={"check_same_thread": False})
         self.engine = engine
-        self.store = HearingStore(engine)
+        self.store = HearingStore(engine, issuers)
         self._at = START
         self._hearing = Hearing(self.store, policy, lambda: self._at)
 

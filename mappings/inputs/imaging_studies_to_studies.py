@@ -45,6 +45,7 @@ def qido_to_study(study: Mapping[str, Any], series: Sequence[Mapping[str, Any]])
         ),
         accession_number=_value(study, "00080050"),
         study_date=parse_date(_value(study, "00080020")),
+        study_time=_value(study, "00080030"),
         description=_value(study, "00081030"),
     )
 
@@ -89,5 +90,19 @@ def _modalities(resource: Json) -> tuple[Series, ...]:
     return tuple(Series("", code, ()) for code in codes if code)
 
 
+def modalities_in_study(study: Mapping[str, Any]) -> tuple[str, ...]:
+    """ModalitiesInStudy (0008,0061) of a QIDO-RS answer; empty where the server does not tell."""
+    return tuple(dict.fromkeys(filter(None, map(_text, _values(study, "00080061")))))
+
+
 def _value(headers: Mapping[str, Any], tag: str) -> str:
-    return str(next(iter((headers.get(tag) or {}).get("Value") or ()), "")).strip()
+    return next(map(_text, _values(headers, tag)), "")
+
+
+def _values(headers: Mapping[str, Any], tag: str) -> list[Any]:
+    return as_list(as_dict(headers.get(tag)).get("Value"))
+
+
+def _text(value: object) -> str:
+    """What is no text or number (DICOM JSON has objects and nulls too) counts as not there."""
+    return str(value).strip() if isinstance(value, str | int | float) and not isinstance(value, bool) else ""

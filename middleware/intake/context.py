@@ -9,10 +9,11 @@ from mappings.inputs.fhir_to_labs import LABS, LOINC
 from mappings.model.codes import Code
 from mappings.model.context import ClinicalContext, ContextOrder
 from mappings.model.study import Study
-from middleware.intake.identity import Issuers, is_anothers
+from middleware.intake.identity import is_anothers
 from middleware.ports import ContextSource
 from middleware.store.heard import OrderRecord
 from middleware.store.hearing import HearingStore
+from middleware.store.issuers import Issuers
 
 _PRIORITY = {"S": "stat", "A": "asap", "T": "urgent", "P": "urgent", "C": "urgent", "R": "routine"}
 """HL7 table 0485 to FHIR request-priority; what FHIR has no word for is urgent."""

@@ -5,20 +5,20 @@ that holds for these reasons and this identity only (`digest_identity`).
 """
 
 import hashlib
-from collections.abc import Sequence
 
-from mappings.model.context import ClinicalContext
+from mappings.model.context import ClinicalContext, ContextPatient
 from mappings.model.study import Study
+from middleware.intake.orders import OTHER_PATIENT
 from middleware.store.heard import OrderRecord
 from middleware.store.hearing import UNWANTED, HearingStore
-
-Issuers = Sequence[Sequence[str]]
-"""Assigning authorities: each entry has the names (DICOM issuer, HL7 namespace, FHIR system) of one."""
+from middleware.store.issuers import Issuers, are_other_issuers
 
 _SEX_OF_GENDER = {"male": "M", "female": "F", "other": "O"}
 
 
-def find_disagreements(study: Study, context: ClinicalContext, *, context_expected: bool) -> tuple[str, ...]:
+def find_disagreements(
+    study: Study, context: ClinicalContext, *, context_expected: bool, issuers: Issuers = ()
+) -> tuple[str, ...]:
     """Why this study's result may not be released, in sentences without patient data; empty where all agree.
 
     `context_expected` says that an EHR (or a context file) was asked: a patient it does not know is a
@@ -31,13 +31,22 @@ def find_disagreements(study: Study, context: ClinicalContext, *, context_expect
         return tuple(reasons)
     patient = context.patient
     if patient is None:
-        return (*reasons, f"{context.source} has no single patient with the images' PatientID", *context.missing[:1])
+        why = [missing for missing in context.missing if missing.startswith("patient: ")]
+        return (*reasons, f"{context.source} has no single patient with the images' PatientID", *why)
+    if _is_of_other_issuer(patient, study, issuers):
+        reasons.append(f"the PatientID of the images is of another issuer than in {context.source}")
     if study.patient.birth_date and patient.birth_date and study.patient.birth_date != patient.birth_date:
         reasons.append(f"the birth date in the images differs from the one in {context.source}")
     sex = _SEX_OF_GENDER.get(patient.gender)
     if study.patient.sex in ("M", "F", "O") and sex and study.patient.sex != sex:
         reasons.append(f"the sex in the images differs from the one in {context.source}")
     return (*reasons, *(f"{conflict} in {context.source}" for conflict in context.conflicts))
+
+
+def _is_of_other_issuer(patient: ContextPatient, study: Study, issuers: Issuers) -> bool:
+    """Whether the EHR knows the images' PatientID as given out by other authorities only."""
+    systems = [i.system for i in patient.identifiers if i.value == study.patient.patient_id]
+    return bool(systems) and all(are_other_issuers(system, study.patient.issuer, issuers) for system in systems)
 
 
 def find_heard_disagreements(study: Study, heard: HearingStore, issuers: Issuers = ()) -> tuple[str, ...]:
@@ -47,6 +56,8 @@ def find_heard_disagreements(study: Study, heard: HearingStore, issuers: Issuers
     if heard.was_merged_away(patient.patient_id, patient.issuer):
         reasons.append("the patient of the images was merged into another one (ADT^A40); correct the images first")
     reasons += _against_orders(study, heard, issuers)
+    if _was_told_of_two_patients(study, heard):
+        reasons.append("an order message of this study names another patient than those before it, and was refused")
     reasons += _against_record(study, heard)
     return tuple(reasons)
 
@@ -71,19 +82,20 @@ def _against_orders(study: Study, heard: HearingStore, issuers: Issuers) -> list
     return reasons
 
 
+def _was_told_of_two_patients(study: Study, heard: HearingStore) -> bool:
+    """Whether a message was refused since the study's order was told of for somebody else. Which of them is right only
+    a person can say."""
+    numbers = {("study_instance_uid", study.study_instance_uid), ("accession_number", study.accession_number)}
+    return any(f"order {OTHER_PATIENT}" in note for one in heard.refused_about(numbers) for note in one.notes)
+
+
 def is_anothers(order: OrderRecord, study: Study, heard: HearingStore, issuers: Issuers) -> bool:
     """Whether an order is known to be for another patient than the images', merges followed."""
     patient = study.patient
-    return heard.is_other_patient(order, patient.patient_id) or are_other_issuers(
-        order.patient_issuer, patient.issuer, issuers
-    )
-
-
-def are_other_issuers(one: str, other: str, issuers: Issuers) -> bool:
-    """Whether two names are known to be of different authorities. Names that the site has not listed tell nothing:
-    DICOM, HL7 and FHIR seldom call one authority the same."""
-    groups = [next((n for n, names in enumerate(issuers) if issuer in names), None) for issuer in (one, other)]
-    return None not in groups and groups[0] != groups[1]
+    if heard.is_other_patient(order, patient.patient_id):
+        return True
+    one, other = (order.patient_id, order.patient_issuer), (patient.patient_id, patient.issuer)
+    return are_other_issuers(one[1], other[1], issuers) and not heard.are_same_patient(one, other)
 
 
 def _against_record(study: Study, heard: HearingStore) -> list[str]:
@@ -100,7 +112,12 @@ def _against_record(study: Study, heard: HearingStore) -> list[str]:
     return reasons
 
 
-def digest_identity(study: Study, context: ClinicalContext) -> str:
-    """One word for whose study images and EHR say it is: a release by a person holds while it stays the same."""
-    parts = (study.patient, study.accession_number, context.patient, context.conflicts)
+def digest_identity(study: Study, context: ClinicalContext, heard: HearingStore) -> str:
+    """One word for whose study images, EHR and messages say it is: a release by a person holds while it stays the
+    same."""
+    orders = heard.orders_of_study(study.study_instance_uid, study.accession_number)
+    ordered = sorted((o.order_id, o.patient_id, o.patient_issuer, o.accession_number) for o in orders)
+    record = heard.patient(study.patient.patient_id, study.patient.issuer)
+    told = (record.birth_date, record.sex, record.merged_into) if record else ()
+    parts = (study.patient, study.accession_number, context.patient, context.conflicts, ordered, told)
     return hashlib.sha256(repr(parts).encode()).hexdigest()

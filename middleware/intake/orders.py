@@ -33,6 +33,10 @@ PROCEDURE = ("procedure_code", "procedure_scheme", "procedure_meaning")
 Events = tuple[OrderEvent | PatientEvent | ReportEvent | UnhandledEvent, ...]
 
 
+OTHER_PATIENT = "is known for another patient"
+"""How the note of a message ends that was refused because order or report are somebody else's."""
+
+
 class Contradiction(Exception):
     """The event cannot be applied without guessing; the message says why, without patient data."""
 
@@ -161,7 +165,7 @@ def _check_one_patient(session: Session, patients: Iterable[tuple[str, str]], wh
     """Raise Contradiction unless all that state a patient state the same one, merges followed."""
     for one, other in combinations([patient for patient in patients if patient[0]], 2):
         if not same_patient(session, one, other):
-            raise Contradiction(f"the {what} is known for another patient")
+            raise Contradiction(f"the {what} {OTHER_PATIENT}")
 
 
 def _join(session: Session, order: OrderRecord, other: OrderRecord) -> None:

@@ -10,7 +10,7 @@ from sqlalchemy import Engine
 from sqlalchemy.exc import IntegrityError
 from sqlmodel import Session, SQLModel, col, select
 
-from middleware.store.queries import changing, start_next_run
+from middleware.store.queries import REJECTED, changing, start_next_run
 from middleware.store.tables import SeenStudy, StudyEvent, StudyJob, Watermark
 
 WAITING = "waiting"
@@ -185,7 +185,7 @@ def _apply(
         job = StudyJob(job_id=event.job_id, study_instance_uid=uid, state=WAITING, created_at=at, updated_at=at)
         job.look_at, job.facts = at, {"run": 0}  # none yet: the first run is number 1
     elif job.state == "rejected":
-        event.note = "nothing: a person rejected this study"
+        event.note = REJECTED
     elif event.kind.startswith("images") or job.state == WAITING:
         job.look_at = at
     elif job.state in reopen and _is_news(job, changed_at):

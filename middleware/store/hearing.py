@@ -14,6 +14,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import Session, SQLModel, col, select
 
 from middleware.store.heard import HeardMessage, OrderRecord, PatientRecord, RefusedNumber
+from middleware.store.issuers import Issuers, are_other_issuers, are_same_issuer, may_be_same_issuer
 from middleware.store.queries import changing
 
 UNWANTED = ("cancelled", "discontinued")
@@ -49,10 +50,12 @@ class Kept:
 
 
 class HearingStore:
-    """The tables of `heard.py`."""
+    """The tables of `heard.py`. `issuers` are the authorities that the site has listed: questions about a patient of
+    images name the authority in DICOM's words, messages in HL7's."""
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, issuers: Issuers = ()) -> None:
         self._engine = engine
+        self._issuers = issuers
         SQLModel.metadata.create_all(engine)
         self._keeping = _write_upsert(engine)
         # SQLite has one writer; who waits for it inside this process wakes at once, instead of looking now and then.
@@ -170,9 +173,7 @@ class HearingStore:
         """Whether a merge moved this patient id into another one. Where its authority is not known here by this
         name, one of any authority counts: a result too many held harms nobody."""
         with Session(self._engine) as session:
-            known = session.exec(select(PatientRecord).where(PatientRecord.patient_id == patient_id)).all()
-            exact = [record for record in known if record.issuer == issuer]
-            return any(record.merged_into for record in exact or known)
+            return any(record.merged_into for record in self._records(session, patient_id, issuer))
 
     def is_other_patient(self, order: OrderRecord, patient_id: str) -> bool:
         """Whether an order is for another patient than this one, merges followed; no where either is not stated.
@@ -184,7 +185,7 @@ class HearingStore:
     def names_of(self, patient_id: str, issuer: str) -> list[str]:
         """This patient id and all that merges moved into the same patient, in order."""
         with Session(self._engine) as session:
-            records = find_patient(session, patient_id, issuer)
+            records = self._records(session, patient_id, issuer)
             survivors = {(find_survivor(session, record) or record).patient_key for record in records}
             names = {patient_id}
             if len(survivors) == 1:
@@ -195,15 +196,29 @@ class HearingStore:
             return sorted(names)
 
     def are_same_patient(self, one: tuple[str, str], other: tuple[str, str]) -> bool:
-        """Whether two patients (id and authority, empty where not stated) are one, merges followed."""
+        """Whether two patients (id and authority, empty where not stated) are one, merges followed. Both authorities
+        are named by one system: where the names differ, they are two unless the site has listed them as one."""
+        issuers = self._issuers
         with Session(self._engine) as session:
-            return same_patient(session, one, other)
+            if not may_be_same_issuer(one[1], other[1], issuers):
+                return same_patient(session, one, other)
+            return one[0] == other[0] or _share_survivor(
+                session, *(self._records(session, patient_id, issuer) for patient_id, issuer in (one, other))
+            )
 
     def patient(self, patient_id: str, issuer: str) -> PatientRecord | None:
-        """What ADT messages told of a patient; None where nothing, or of several authorities and none is stated."""
+        """What ADT messages told of a patient; None where nothing, or of several authorities and it is not clear which
+        of them is meant."""
         with Session(self._engine) as session:
-            found = find_patient(session, patient_id, issuer) if patient_id else []
+            found = self._records(session, patient_id, issuer) if patient_id else []
             return found[0] if len(found) == 1 else None
+
+    def _records(self, session: Session, patient_id: str, issuer: str) -> list[PatientRecord]:
+        """The record of this authority, by any of its names; where there is none, all that may be meant: one that is
+        listed as another authority is not."""
+        known = session.exec(select(PatientRecord).where(PatientRecord.patient_id == patient_id)).all()
+        exact = [record for record in known if are_same_issuer(record.issuer, issuer, self._issuers)]
+        return exact or [r for r in known if not are_other_issuers(r.issuer, issuer, self._issuers)]
 
 
 def _write_upsert(engine: Engine) -> Any:
@@ -240,8 +255,10 @@ def same_patient(session: Session, one: tuple[str, str], other: tuple[str, str])
     """Whether two patients (id and authority, empty where not stated) are one, merges followed."""
     if one[0] == other[0] and (one[1] == other[1] or not one[1] or not other[1]):
         return True
-    ends = []
-    for patient_id, issuer in (one, other):
-        found = find_patient(session, patient_id, issuer)
-        ends.append({(find_survivor(session, record) or record).patient_key for record in found})
+    return _share_survivor(session, find_patient(session, *one), find_patient(session, *other))
+
+
+def _share_survivor(session: Session, one: Sequence[PatientRecord], other: Sequence[PatientRecord]) -> bool:
+    """Whether merges have made one patient of both, and of all that either may be."""
+    ends = [{(find_survivor(session, record) or record).patient_key for record in records} for records in (one, other)]
     return len(ends[0]) == 1 and ends[0] == ends[1]

@@ -12,6 +12,8 @@ from sqlmodel import Session, SQLModel, col, create_engine, select
 from middleware.store.tables import ArtifactRecord, Decision, Delivery, StepRun, StudyEvent, StudyJob
 
 OPEN_DELIVERY_STATES = ("pending", "in_flight", "retrying")
+REJECTED = "nothing: a person rejected this study"
+"""The note of an event that reads nothing for that."""
 
 
 def open_engine(url: str) -> Engine:
@@ -103,8 +105,9 @@ class Store:
                 job.look_at = happened.received_at  # whoever looks after jobs starts it, should the caller die now
             elif job.state == "reading":  # the images of this run may be fetched already: read once more after it
                 job.facts = {**job.facts, "again_at": happened.received_at.isoformat()}
+            note = REJECTED if job.state == "rejected" else happened.note
             session.add(job)
-            session.add(StudyEvent(**happened.model_dump()))
+            session.add(StudyEvent(**{**happened.model_dump(), "note": note}))
             return job, True
 
     def conclude_job(

@@ -44,7 +44,7 @@ class SmallStudy:
             (series,) = written.glob(f"{number}-*")
             files = sorted(series.glob("*.dcm"))[FIRST_SLICE : FIRST_SLICE + SLICES]
             datasets = [pydicom.dcmread(file) for file in files]
-            self._datasets += [_cropped(d) for d in datasets] if number == 4 else datasets
+            self._datasets += [cropped(d) for d in datasets] if number == 4 else datasets
 
     def copy(self, name: str) -> Copy:
         """The study under UIDs, patient and accession number of its own, derived from `name`."""
@@ -65,12 +65,12 @@ class SmallStudy:
         return Copy(study_uid, spec, instances)
 
 
-def _cropped(dataset: Dataset) -> Dataset:
+def cropped(dataset: Dataset, crop: slice = CROP) -> Dataset:
     """The middle of a T2 slice, at the place where it was."""
     row, column = np.array(dataset.ImageOrientationPatient, float).reshape(2, 3)
     down, across = (float(s) for s in dataset.PixelSpacing)
-    corner = np.array(dataset.ImagePositionPatient, float) + CROP.start * (across * row + down * column)
-    pixels = dataset.pixel_array[CROP, CROP]
+    corner = np.array(dataset.ImagePositionPatient, float) + crop.start * (across * row + down * column)
+    pixels = dataset.pixel_array[crop, crop]
     dataset.ImagePositionPatient = [f"{v:.8f}"[:16] for v in corner]
     dataset.Rows, dataset.Columns = pixels.shape
     dataset.PixelData = np.ascontiguousarray(pixels).tobytes()
