@@ -34,10 +34,11 @@ async def start_reading(job: StudyJob) -> None:
 async def sweep(systems: Systems) -> int:
     """Queue every job that was accepted but whose workflow was not, because the process died between the two; and
     read again what failed because a system was not there for too long, now that the site starts us anew."""
-    for job in systems.store.jobs_in_state("failed"):
+    failed = systems.store.jobs_in_state("failed")
+    for job in [one for one in failed if not one.facts.get("by_command")]:
         key = workflow_id(job)
         accept_study(systems.store, job.study_instance_uid, source="restart", key=key, now=systems.now())
-    jobs = systems.store.jobs_in_state("accepted")
+    jobs = [job for job in systems.store.jobs_in_state("accepted") if not job.facts.get("by_command")]
     for job in jobs:
         await start_reading(job)
     return len(jobs)

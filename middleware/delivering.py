@@ -59,7 +59,7 @@ async def _send_kept(delivery: Delivery, *, resent: bool) -> Outcome:
         return await _send(delivery, data, resent=resent)
     except Exception as fault:
         state = "ambiguous" if delivery.destination == "ris" else "dead"
-        return Outcome(state, reason=f"unexpected {type(fault).__name__}: {fault}")
+        return Outcome(state, reason=steps.describe_fault(fault))
 
 
 async def _send(delivery: Delivery, data: bytes, *, resent: bool) -> Outcome:

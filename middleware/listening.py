@@ -5,9 +5,9 @@ import contextlib
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import timedelta
-from typing import Any
 
 from connectors.errors import ConnectorError
+from mappings.inputs.dicom_json import first_value
 from middleware import telemetry
 from middleware.bootstrap import open_listener
 from middleware.intake.hearing import Hearing, HearingPolicy
@@ -21,6 +21,8 @@ LOOK_AGAIN_S = 30.0
 SLOWEST_LOOK = timedelta(hours=2)
 LOOK_BACK_DAYS = 180
 """So long after its last change the study of an order is looked for in the PACS."""
+STILL_LOOK_H = 12
+"""So long after an order's last change more of its studies may come."""
 TURN_S = 1.0
 
 
@@ -30,7 +32,7 @@ async def listen_to_messages(systems: Systems) -> AsyncIterator[Hearing]:
     a restart is applied first."""
     hearing = Hearing(systems.heard, _policy(systems.settings), systems.now)
     hearing.arrived.set()
-    loops = (hearing.write_forever(), _apply_forever(hearing, systems))
+    loops = (hearing.write_forever(), _apply_forever(hearing), _look_forever(systems))
     tasks = [asyncio.create_task(loop) for loop in loops]
     try:
         async with AsyncExitStack() as stack:
@@ -54,18 +56,27 @@ def _policy(settings: Settings) -> HearingPolicy:
     return HearingPolicy(processing_ids, settings.zone, own_name, settings.number_systems)
 
 
-async def _apply_forever(hearing: Hearing, systems: Systems) -> None:
-    """Apply messages as they arrive and look for the studies of the orders that they told of. An error leaves messages
-    kept and orders not looked for; the next turn tries them again."""
+async def _apply_forever(hearing: Hearing) -> None:
+    """Apply messages as they arrive. An error leaves them kept; the next turn tries them again."""
     while True:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(hearing.arrived.wait(), TURN_S)
         hearing.arrived.clear()
         try:
             await asyncio.to_thread(hearing.apply_all)
-            await _look_for_studies(systems)
         except Exception as error:
             telemetry.log("applying messages failed", source="inbox", kind=type(error).__name__)
+
+
+async def _look_forever(systems: Systems) -> None:
+    """Look for the studies of orders, apart from the messages, so that a slow PACS delays no merge and no
+    cancellation."""
+    while True:
+        try:
+            await _look_for_studies(systems)
+        except Exception as error:  # the store is away
+            telemetry.log("studies of orders not looked for", source="order", kind=type(error).__name__)
+        await asyncio.sleep(TURN_S)
 
 
 async def _look_for_studies(systems: Systems) -> None:
@@ -76,12 +87,20 @@ async def _look_for_studies(systems: Systems) -> None:
     if systems.pacs is None:
         return
     for order in await asyncio.to_thread(systems.heard.orders_to_look_for, now, since):
-        studies = await _find_studies(order, systems)
-        for study_uid in studies:
-            await _hear_of(study_uid, order, systems)
-        pause = max((now - order.updated_at) / 20, timedelta(seconds=LOOK_AGAIN_S))
-        look_after = None if studies else now + min(pause, SLOWEST_LOOK)
-        await asyncio.to_thread(systems.heard.looked_for, order, now, look_after)
+        studies: list[str] = []
+        try:
+            studies = await _find_studies(order, systems)
+            for study_uid in studies:
+                await _hear_of(study_uid, order, systems)
+        except ConnectorError as error:
+            telemetry.log("study of an order not looked up", source="order", kind=type(error).__name__)
+        age = now - order.updated_at
+        pause = min(max(age / 20, timedelta(seconds=LOOK_AGAIN_S)), SLOWEST_LOOK)
+        # One accession number may have more than one study, so that one found does not end the looking at once.
+        is_over = bool(studies) and age > STILL_LOOK_H * timedelta(hours=1)
+        await asyncio.to_thread(
+            systems.heard.looked_for, order, now, None if is_over else now + pause, is_found=bool(studies)
+        )
 
 
 async def _hear_of(study_uid: str, order: OrderRecord, systems: Systems) -> None:
@@ -107,20 +126,13 @@ async def _find_studies(order: OrderRecord, systems: Systems) -> list[str]:
     accession number; the identity gate then says that they differ. What the PACS answers is compared: `*` in a number
     is a wildcard to it."""
     numbers = {"StudyInstanceUID": order.study_instance_uid, "AccessionNumber": order.accession_number}
-    try:
-        for keyword, number in numbers.items():
-            found = await systems.pacs.search_studies({keyword: number}) if systems.pacs and number else []
-            uids = [_value(study, _STUDY_UID) for study in found if _value(study, _TAGS[keyword]) == number]
-            if any(uids):
-                return [uid for uid in uids if uid]
-    except ConnectorError:
-        telemetry.log("study of an order not looked up", source="order", state=order.status)
+    for keyword, number in numbers.items():
+        found = await systems.pacs.search_studies({keyword: number}) if systems.pacs and number else []
+        uids = [first_value(study, _STUDY_UID) for study in found if first_value(study, _TAGS[keyword]) == number]
+        if any(uids):
+            return [uid for uid in uids if uid]
     return []
 
 
 _STUDY_UID = "0020000D"
 _TAGS = {"StudyInstanceUID": _STUDY_UID, "AccessionNumber": "00080050"}
-
-
-def _value(study: dict[str, Any], tag: str) -> str:
-    return str(next(iter(study.get(tag, {}).get("Value", ())), "")).strip()

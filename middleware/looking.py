@@ -17,6 +17,7 @@ from middleware.intake.completeness import (
     Told,
     Verdict,
     changes_roles,
+    count_images,
     digest_images,
     judge,
     refused_modalities,
@@ -26,8 +27,8 @@ from middleware.intake.completeness import (
 from middleware.intake.context import find_own_orders
 from middleware.intake.deciding import Decided
 from middleware.intake.headers import Headers
-from middleware.intake.inbox import accept_study, workflow_id
-from middleware.store.hearing import UNWANTED
+from middleware.intake.identity import is_anothers
+from middleware.intake.inbox import FIRST_LATE_LOOK, LAST_LATE_LOOK, accept_study, run_started_at, workflow_id
 from middleware.store.tables import StudyJob
 from middleware.systems import Systems
 
@@ -98,17 +99,31 @@ class Looking:
 
     async def _decide(self, job: StudyJob) -> None:
         systems = self._systems
-        protocols, now = systems.protocols, systems.now()
-        try:
-            study = await self._study(job, is_wanted=lambda outline: not refused_modalities(outline, protocols))
-            sight = await asyncio.to_thread(see_study, study, protocols, now)
-        except Permanent as error:  # a PACS without WADO-RS metadata: only the timer can tell
-            study = await self._headers.outline(job.study_instance_uid) if self._headers else None
-            sight = see_outline(study, str(error))
+        now = systems.now()
+        study, sight = await self._see(job, now)
+        verdict = self._judge(job, study, sight, now)
+        if verdict.action == "unmatched":  # not by headers that are remembered from before a correction
+            study, sight = await self._see(job, now, anew=True)
+            verdict = self._judge(job, study, sight, now)
+        await self._carry_out(job, verdict, sight, study)
+
+    def _judge(self, job: StudyJob, study: Study | None, sight: Sight, now: datetime) -> Verdict:
         marks = _mark_stable(job, sight)
         told = self._told(job, study, is_stable=marks.get("stable") == sight.images)
-        verdict = judge(sight, told, marks, self._patience(), now)
-        await self._carry_out(job, verdict, sight, study)
+        return judge(sight, told, marks, self._patience(), now)
+
+    async def _see(self, job: StudyJob, now: datetime, *, anew: bool = False) -> tuple[Study | None, Sight]:
+        """The study and what it lacks. Where the PACS gives no headers, or not those of a series, only the timer can
+        tell when it is complete."""
+        protocols = self._systems.protocols
+        try:
+            study = await self._study(
+                job, anew=anew, is_wanted=lambda outline: not refused_modalities(outline, protocols)
+            )
+            return study, await asyncio.to_thread(see_study, study, protocols, now)
+        except ConnectorError as error:
+            study = await self._headers.outline(job.study_instance_uid) if self._headers else None
+            return study, see_outline(study, str(error))
 
     async def _carry_out(self, job: StudyJob, verdict: Verdict, sight: Sight, study: Study | None) -> None:
         marks = {"look": dict(verdict.marks)}
@@ -124,19 +139,35 @@ class Looking:
 
     async def _weigh_change(self, job: StudyJob) -> None:
         """What came after a study was read: what matters makes it wait for another run, the rest is noted."""
-        study = await self._study(job, anew=True)
-        if study is not None and await asyncio.to_thread(self._matters, job, study):
+        if await self._is_changed(job):
             await self._settle(job, "waiting", self._systems.now(), ("images came after it was read",), {"look": {}})
         else:
-            note = "nothing: no protocol uses what came" if study else "nothing: the PACS has no images of it"
-            await self._settle(job, job.state, None, job.reasons, note=note)
+            note = "nothing: no protocol uses what came"
+            await self._settle(job, job.state, self._next_late_look(job), job.reasons, note=note)
 
-    def _matters(self, job: StudyJob, study: Study) -> bool:
-        """Whether the study differs from the one that was read in whose it is or, where a result was released, in an
-        image that plays a role (else in any image)."""
-        if "study" not in job.facts:
+    async def _is_changed(self, job: StudyJob) -> bool:
+        if not job.facts.get("study"):
             return True
         before = self._load(TypeAdapter(Study), job.facts["study"])
+        try:
+            study = await self._study(job, anew=True)
+        except Permanent:  # no headers: any image series that is new or has grown counts
+            outline = await self._headers.outline(job.study_instance_uid) if self._headers else None
+            return outline is not None and count_images(outline) != count_images(before)
+        return study is not None and await asyncio.to_thread(self._matters, job, before, study)
+
+    def _next_late_look(self, job: StudyJob) -> datetime | None:
+        """Where nobody tells of late images, a study is looked at again by itself, for a day and more and more seldom;
+        None where somebody does, or a day is over."""
+        settings, now = self._systems.settings, self._systems.now()
+        if settings.pacs_watch is not None or settings.orthanc_changes is not None:
+            return None
+        since = now - run_started_at(job)
+        return now + max(since, FIRST_LATE_LOOK) if since < LAST_LATE_LOOK else None
+
+    def _matters(self, job: StudyJob, before: Study, study: Study) -> bool:
+        """Whether the study differs from the one that was read in whose it is or, where a result was released, in an
+        image that plays a role (else in any image)."""
         if (before.patient, before.accession_number) != (study.patient, study.accession_number):
             return True
         protocol = self._systems.protocols.get(job.protocol)
@@ -151,7 +182,9 @@ class Looking:
         accession = study.accession_number if study else ""
         orders = find_own_orders(self._systems.heard, job.study_instance_uid, accession)
         complete = bool(orders) and all(order.status in COMPLETE for order in orders)
-        on_hold = any(order.is_on_hold and order.status not in UNWANTED for order in orders)
+        issuers = self._systems.settings.site.issuers
+        mine = [one for one in orders if study is None or not is_anothers(one, study, self._systems.heard, issuers)]
+        on_hold = any(order.is_on_hold for order in mine)
         return Told(complete or is_stable, on_hold)
 
     def _patience(self) -> Patience:

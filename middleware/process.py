@@ -179,7 +179,9 @@ def prepare_out(out: Path) -> None:
 
 async def _read(systems: Systems, study_uid: str, protocol: str) -> StudyJob:
     """Accept the study, wait for its reading and for every delivery to settle."""
-    job, _ = accept_study(systems.store, study_uid, source="process", key=uuid4().hex, now=systems.now())
+    job, _ = accept_study(
+        systems.store, study_uid, source="process", key=uuid4().hex, now=systems.now(), by_command=True
+    )
     state = ""
     while job.state in ("accepted", "reading") or not state:
         # A run that an earlier command left unfinished goes on first; then comes ours.

@@ -7,6 +7,7 @@ tried again here, patiently; what ends the reading is raised as `Stopped`.
 import asyncio
 import contextlib
 import io
+import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -35,7 +36,7 @@ from middleware.intake.context import read_chart, search_chart, search_identity
 from middleware.intake.deciding import Decided, decide
 from middleware.intake.identity import digest_identity, find_disagreements, find_heard_disagreements
 from middleware.intake.images import RoleImages, load_roles, read_study
-from middleware.intake.inbox import next_try_at, run_started_at, workflow_id
+from middleware.intake.inbox import FIRST_LATE_LOOK, next_try_at, run_started_at, workflow_id
 from middleware.intake.priors import find_in_ehr, find_in_pacs, find_own, join_priors, load_findings
 from middleware.release.deliveries import plan_deliveries
 from middleware.release.rendering import Addresses, render_all
@@ -87,6 +88,9 @@ class Answered(TypedDict):
     name: str
     version: str
 
+
+WAITS_FOR_MESSAGES = 60
+"""Seconds that a release waits for messages to be applied."""
 
 _STUDY = TypeAdapter(Study)
 _ROLES = TypeAdapter(tuple[RoleChoice, ...])
@@ -140,6 +144,13 @@ async def _patiently(what: str, action: Callable[[], Awaitable[Answer]]) -> Answ
             telemetry.tell(telemetry.Progress(what, "waiting", str(error)))
             await asyncio.sleep(retry.wait_s(attempt, getattr(error, "retry_after_s", None)))
     raise AssertionError("unreachable")
+
+
+def describe_fault(fault: BaseException) -> str:
+    """A fault of our own in words: what kind and where, without its message, which may quote patient data."""
+    last = traceback.extract_tb(fault.__traceback__)[-1:]
+    where = f" in {Path(last[0].filename).name}, line {last[0].lineno}" if last else ""
+    return f"unexpected {type(fault).__name__}{where}: a fault of Wetread's, please report it"
 
 
 def _dump(adapter: TypeAdapter[Any], value: Any) -> str:
@@ -587,10 +598,21 @@ async def plan_release(job_id: str, route: Route, findings: str) -> list[str]:
         return destinations
 
 
+async def _apply_what_came() -> None:
+    """Wait until the messages that were acknowledged so far are applied: a merge may be among them. Stops (failed, to
+    be tried again) where they stay unapplied."""
+    for _ in range(WAITS_FOR_MESSAGES):
+        if not await asyncio.to_thread(systems().heard.pending, 1):
+            return
+        await asyncio.sleep(1.0)
+    raise Stopped("failed", ("messages that came before this result could be released are not applied yet",))
+
+
 async def _check_identity_again(job_id: str, study: Study) -> None:
     """Stop (held) where something was told about patient or order while the study was being read: a merge, a
     cancellation. An EHR that does not answer just now was asked before; it does not stop the other destinations."""
     here = systems()
+    await _apply_what_came()
     job = here.store.job(job_id)
     context = _load(_CONTEXT, job.facts["context"])
     if here.context is not None:
@@ -603,6 +625,16 @@ async def _check_identity_again(job_id: str, study: Study) -> None:
     _hold_unless_accepted(job_id, study, context, disagreements, is_told=set(disagreements) <= set(told))
 
 
+def _next_look(state: str, failing_since: str, now: datetime) -> datetime | None:
+    """When the study is looked at by itself: what failed is tried again, and where nobody tells of images that come
+    after a reading, it is asked whether some did."""
+    settings = systems().settings
+    if state == "failed":
+        return next_try_at(failing_since, now)
+    is_told = settings.pacs_watch is not None or settings.orthanc_changes is not None
+    return None if is_told or systems().pacs is None else now + FIRST_LATE_LOOK
+
+
 @DBOS.step()
 async def conclude(job_id: str, workflow: str, state: str, reasons: list[str]) -> str:
     """Remember how this run ended; the id of the next run's workflow where an event came meanwhile, else empty."""
@@ -612,7 +644,7 @@ async def conclude(job_id: str, workflow: str, state: str, reasons: list[str]) -
     now, before = systems().now(), store.job(job_id)
     since = (before.facts.get("failing_since") or now.isoformat()) if state == "failed" else ""
     store.update_job(job_id, now, facts={"failing_since": since})
-    look_at = next_try_at(since, now) if since else None
+    look_at = None if before.facts.get("by_command") else _next_look(state, since, now)
     is_asked_again = store.conclude_job(job_id, now, state, reasons, look_at=look_at)
     telemetry.JOBS.labels(state).inc()
     telemetry.log("reading ended", job_id=job_id, state=state)

@@ -9,7 +9,10 @@ from contextlib import asynccontextmanager
 from datetime import datetime, timedelta
 from typing import Any
 
-from connectors.errors import ConnectorError
+from pydicom.uid import UID
+
+from connectors.errors import ConnectorError, Permanent
+from mappings.inputs.dicom_json import count_value, first_value
 from middleware import telemetry
 from middleware.intake.inbox import Hint, hear_of_study, see_studies
 from middleware.looking import StartReading, look_after_studies
@@ -19,6 +22,10 @@ from middleware.systems import Systems
 
 SOURCE, ORTHANC = "pacs", "orthanc"
 LONGEST_PAUSE_S = 60.0
+MOST_ASKED_FOR = 50
+"""Studies that seem to be gone and are asked for one by one at a look."""
+RECENT_DAYS = 14
+"""Of Orthanc's new database, studies of so many days are news."""
 
 
 @asynccontextmanager
@@ -101,11 +108,10 @@ async def _look_at_pacs(systems: Systems, pacs: ImageArchive, *, is_whole: bool)
     days = settings.look_back_days if is_whole else settings.recent_days
     since = f"{(last if is_whole else now).astimezone(systems.settings.zone).date() - timedelta(days=days):%Y%m%d}"
     found = await pacs.search_studies({**settings.filters, "StudyDate": f"{since}-"}, include=_INCLUDED)
-    seen = [await _seen(pacs, study) for study in found]
+    seen = [one for study in found if (one := await _seen(pacs, study)) is not None]
     await asyncio.to_thread(see_studies, systems.arrivals, seen, source=SOURCE, first=not watermark, now=now)
     if is_whole:
-        present = {one.study_instance_uid for one in seen}
-        await asyncio.to_thread(systems.arrivals.forget_missing, present, since)
+        await _forget_gone(systems, pacs, {first_value(study, _UID) for study in found}, since)
         await asyncio.to_thread(systems.arrivals.set_watermark, SOURCE, now.isoformat(), now)
 
 
@@ -114,17 +120,28 @@ _IDENTITY = ("00100020", "00100021", "00100030", "00100040", "00080050")
 _INCLUDED = ("NumberOfStudyRelatedInstances", "IssuerOfPatientID", "PatientBirthDate", "PatientSex")
 
 
-async def _seen(pacs: ImageArchive, study: dict[str, Any]) -> Seen:
-    uid, count = _value(study, _UID), _value(study, _COUNT)
-    if not count.isdecimal():  # the count is optional for a server (PS3.18 table 10.6.3-3)
-        series = await pacs.search_series(uid, {}, include=("NumberOfSeriesRelatedInstances",))
-        count = str(sum(int(_value(one, "00201209") or 0) for one in series) or len(series))
-    whose = repr([study.get(tag, {}).get("Value") for tag in _IDENTITY])
-    return Seen(uid, int(count), hashlib.sha256(whose.encode()).hexdigest(), _value(study, _DATE))
+async def _seen(pacs: ImageArchive, study: dict[str, Any]) -> Seen | None:
+    """What an answer says of one study; None for one that cannot be told, which must not hide the others."""
+    uid, count = first_value(study, _UID), count_value(study, _COUNT)
+    if not UID(uid).is_valid:
+        return None
+    if count is None:  # it is optional for a server (PS3.18 table 10.6.3-3)
+        try:
+            series = await pacs.search_series(uid, {}, include=("NumberOfSeriesRelatedInstances",))
+        except Permanent:
+            return None
+        count = sum(count_value(one, "00201209") or 1 for one in series)
+    whose = repr([first_value(study, tag) for tag in _IDENTITY])
+    return Seen(uid, count, hashlib.sha256(whose.encode()).hexdigest(), first_value(study, _DATE))
 
 
-def _value(headers: dict[str, Any], tag: str) -> str:
-    return str(next(iter((headers.get(tag) or {}).get("Value") or ()), "")).strip()
+async def _forget_gone(systems: Systems, pacs: ImageArchive, present: set[str], since: str) -> None:
+    """Forget what the PACS no longer has. An answer may lack studies for other reasons (an index being made, a cap, a
+    filter), so each is asked for by itself, a few at a time."""
+    gone = await asyncio.to_thread(systems.arrivals.missing, present, since)
+    for uid in gone[:MOST_ASKED_FOR]:
+        if not await pacs.search_studies({"StudyInstanceUID": uid}):
+            await asyncio.to_thread(systems.arrivals.forget, uid)
 
 
 # Orthanc's log of changes
@@ -137,8 +154,9 @@ async def _watch_orthanc(systems: Systems, changes: ChangeLog) -> None:
 
 
 async def _read_changes(systems: Systems, changes: ChangeLog) -> None:
-    """Hear of every change since the watermark, which is `epoch:sequence`: the first time from now on, and in a new
-    epoch where the log was reset, since its numbers begin again."""
+    """Hear of every change since the watermark, which is `epoch:sequence`: the first time from now on. Where the log
+    was reset its numbers begin again, in a new epoch, with whatever was stored into the new database: all that came
+    meanwhile, and old studies too, which are passed over by their date."""
     arrivals, now = systems.arrivals, systems.now
     watermark = await asyncio.to_thread(arrivals.watermark, ORTHANC)
     if not watermark:
@@ -150,9 +168,18 @@ async def _read_changes(systems: Systems, changes: ChangeLog) -> None:
         page = await changes.changes_since(sequence)
         for change in page.items:
             kind: Hint = "images-stable" if change.kind == "StableStudy" else "images"
-            await _hear_change(systems, change.study_instance_uid, kind, f"{epoch}/{change.sequence}")
-        epoch, sequence, is_done = epoch + page.reset, page.last, page.done or page.reset
+            if epoch == 0 or await _is_recent(systems, change.study_instance_uid):
+                await _hear_change(systems, change.study_instance_uid, kind, f"{epoch}/{change.sequence}")
+        epoch, sequence, is_done = epoch + page.reset, 0 if page.reset else page.last, page.done
         await asyncio.to_thread(arrivals.set_watermark, ORTHANC, f"{epoch}:{sequence}", now())
+
+
+async def _is_recent(systems: Systems, study_uid: str) -> bool:
+    if systems.pacs is None:
+        return True
+    oldest = f"{systems.now().astimezone(systems.settings.zone).date() - timedelta(days=RECENT_DAYS):%Y%m%d}"
+    found = await systems.pacs.search_studies({"StudyInstanceUID": study_uid})
+    return any((first_value(study, _DATE) or oldest) >= oldest for study in found)
 
 
 async def _hear_change(systems: Systems, study_uid: str, kind: Hint, key: str) -> None:

@@ -33,7 +33,7 @@ async def read_study(job_id: str, study_uid: str, wanted_protocol: str = "") -> 
     except error.DBOSException:
         raise
     except Exception as fault:
-        ended, reasons = "failed", (f"unexpected {type(fault).__name__}: {fault}",)
+        ended, reasons = "failed", (steps.describe_fault(fault),)
     for destination in destinations:
         with SetWorkflowID(f"{DBOS.workflow_id}/{destination}"):
             await DBOS.start_workflow_async(deliver, job_id, destination)

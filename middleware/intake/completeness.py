@@ -120,6 +120,21 @@ def digest_images(study: Study) -> str:
     return _digest(pairs) if pairs else ""
 
 
+def count_images(study: Study) -> dict[str, int]:
+    """How many instances each series of images has, also where only an outline of the study is known."""
+    return {
+        series.series_instance_uid: _count(series)
+        for series in study.series
+        if series.modality not in NON_IMAGE_MODALITIES
+    }
+
+
+def _count(series: Series) -> int:
+    """An outline has one instance, whose UID is `0.` and the number that it stands for (headers.py)."""
+    first = series.instances[0].sop_instance_uid if series.instances else ""
+    return int(first.removeprefix("0.") or 0) if first.startswith("0.") else len(series.instances)
+
+
 def changes_roles(before: Study, now: Study, protocol: Protocol) -> bool:
     """Whether the study as its headers are now has other instances in the protocol's roles than it had when it was
     read. A b-value that the headers do not give is the one that was read or, of a new series, supposed to be high: one
@@ -205,7 +220,8 @@ def _plan(sight: Sight, told: Told, marks: Mapping[str, Any], patience: Patience
     if not sight.images:
         return _Plan(at["heard"] + NOTHING_CAME, "unusable", sight.reasons)
     if sight.required:
-        quiet_s = 0.0 if told.is_complete else patience.quiet_s
+        # Who says that all is there may say so while the PACS still receives it: one more look must find the same.
+        quiet_s = min(patience.look_every_s, patience.quiet_s) if told.is_complete else patience.quiet_s
         reasons = ("everything required is there; it is read once no more of it comes",)
         return _Plan(at["required"] + timedelta(seconds=quiet_s), "read", reasons)
     wait_s = patience.quiet_s if told.is_complete else patience.longest_wait_s

@@ -4,19 +4,18 @@ import asyncio
 import contextlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from pydicom.dataset import Dataset
 
 from connectors.errors import Permanent
+from mappings.inputs.dicom_json import DicomJson, first_value
 from mappings.inputs.dicom_to_study import HEADER_TAGS, datasets_to_study
 from mappings.model.study import Study
 from mappings.reading.series_to_roles import NON_IMAGE_MODALITIES
 from middleware.ports import ImageArchive
 
-DicomJson = dict[str, Any]
-
-KEPT_SERIES = 500
+KEPT_INSTANCES = 10_000
+"""Headers that are remembered of all series together, some 10 KiB each."""
 _SERIES_UID, _MODALITY, _INSTANCES = "0020000E", "00080060", "00201209"
 
 
@@ -40,11 +39,11 @@ class Headers:
         pairs: list[tuple[str, Dataset]] = []
         for one in (one for one in series if _is_of_images(one)):
             for number, header in enumerate(await self._headers(study_uid, one, anew)):
-                pairs.append((f"{_value(one, _SERIES_UID)}/{number}", header))
+                pairs.append((f"{first_value(one, _SERIES_UID)}/{number}", header))
         whose = pairs[0][1] if pairs else None
         for one in (one for one in series if not _is_of_images(one)):
-            pairs.append((_value(one, _SERIES_UID), _outline_beside(whose, study_uid, one)))
-        return datasets_to_study(pairs) if pairs else None
+            pairs.append((first_value(one, _SERIES_UID), _outline_beside(whose, study_uid, one)))
+        return await asyncio.to_thread(datasets_to_study, pairs) if pairs else None
 
     async def outline(self, study_uid: str) -> Study | None:
         """What the search of its series tells of a study, with one instance that stands for each."""
@@ -52,24 +51,25 @@ class Headers:
 
     async def _series(self, study_uid: str) -> list[DicomJson]:
         found = await self._pacs.search_series(study_uid, {}, include=("Modality", "NumberOfSeriesRelatedInstances"))
-        return [one for one in found if _value(one, _SERIES_UID)]
+        return [one for one in found if first_value(one, _SERIES_UID)]
 
     async def _headers(self, study_uid: str, series: DicomJson, anew: bool) -> list[Dataset]:
         """The headers of one series."""
-        uid, count = _value(series, _SERIES_UID), _value(series, _INSTANCES)
+        uid, count = first_value(series, _SERIES_UID), first_value(series, _INSTANCES)
         key = (study_uid, uid)
         if not anew and count and key in self._kept and self._kept[key][0] == count:
             self._kept.move_to_end(key)
             return self._kept[key][1]
         headers = await asyncio.to_thread(_datasets, await self._pacs.retrieve_metadata(study_uid, uid))
-        self._kept[key] = (count, headers)
-        while len(self._kept) > KEPT_SERIES:
+        if count == str(len(headers)):  # else the PACS is still at it, and the next answer may be another one
+            self._kept[key] = (count, headers)
+        while len(self._kept) > 1 and sum(len(kept) for _, kept in self._kept.values()) > KEPT_INSTANCES:
             self._kept.popitem(last=False)
         return headers
 
 
 def _study_of_outlines(study_uid: str, series: Sequence[DicomJson]) -> Study | None:
-    pairs = [(_value(one, _SERIES_UID), _outline(study_uid, one)) for one in series]
+    pairs = [(first_value(one, _SERIES_UID), _outline(study_uid, one)) for one in series]
     return datasets_to_study(pairs) if pairs else None
 
 
@@ -77,12 +77,12 @@ def _outline(study_uid: str, series: DicomJson) -> Dataset:
     """One data set that stands for a series: what the search told, and its number of instances where the UID of one
     would be, so that a series that grows looks different."""
     dataset = _dataset({**series, "0020000D": {"vr": "UI", "Value": [study_uid]}})
-    dataset.SOPInstanceUID = f"0.{_value(series, _INSTANCES) or 0}"
+    dataset.SOPInstanceUID = f"0.{first_value(series, _INSTANCES) or 0}"
     return dataset
 
 
 def _is_of_images(series: DicomJson) -> bool:
-    return _value(series, _MODALITY) not in NON_IMAGE_MODALITIES
+    return first_value(series, _MODALITY) not in NON_IMAGE_MODALITIES
 
 
 def _outline_beside(whose: Dataset | None, study_uid: str, series: DicomJson) -> Dataset:
@@ -128,7 +128,3 @@ def _readable_part(elements: DicomJson) -> Dataset:
 
 def _no_bulk_data(_uri: str) -> None:
     return None
-
-
-def _value(headers: DicomJson, tag: str) -> str:
-    return str(next(iter((headers.get(tag) or {}).get("Value") or ()), "")).strip()

@@ -9,15 +9,12 @@ from pydicom.uid import UID
 from mappings.model.ids import derive_uuid
 from middleware import telemetry
 from middleware.store.arrivals import WAITING, ArrivalStore, Seen
-from middleware.store.queries import Store
+from middleware.store.queries import MAY_CHANGE, Store
 from middleware.store.tables import StudyEvent, StudyJob
 
 ENDED = frozenset({"released", "unmatched", "unusable", "failed", "held", "quarantined"})
 """States of a job whose run is over; being asked to read it again starts another run. A study that a person
 rejected stays so until a person releases it."""
-
-MAY_CHANGE = frozenset({"held", "unmatched"})
-"""States that what an order or the EHR says may change: whose study it is, and what rules look at."""
 
 READ_ALREADY = frozenset({"accepted", "reading", "released"})
 """States in which to hear once more that a study is there is no news, unless images came since."""
@@ -25,6 +22,10 @@ READ_ALREADY = frozenset({"accepted", "reading", "released"})
 TRY_AGAIN = timedelta(minutes=30)
 STOP_TRYING = timedelta(days=2)
 """A failed reading is tried again so often and so long by itself: systems come back, and nobody may be looking."""
+
+FIRST_LATE_LOOK, LAST_LATE_LOOK = timedelta(minutes=10), timedelta(days=1)
+"""Where nobody tells of images that come after a reading, the study is looked at again from so long after it until so
+long after it."""
 
 Hint = Literal["order", "images", "images-stable"]
 
@@ -35,7 +36,14 @@ def job_id_of(study_uid: str) -> str:
 
 
 def accept_study(
-    store: Store, study_uid: str, *, source: str, key: str, now: datetime, is_request: bool = True
+    store: Store,
+    study_uid: str,
+    *,
+    source: str,
+    key: str,
+    now: datetime,
+    is_request: bool = True,
+    by_command: bool = False,
 ) -> tuple[StudyJob, bool]:
     """Remember, durably, that a study is to be read; its job, and whether this event is new.
 
@@ -43,11 +51,12 @@ def accept_study(
     was read before reads it again (other findings become a new revision, the same ones change nothing), one of a
     study that is being read does so afterwards; one that waits for images waits no longer. `is_request` False: it only
     says that the study is there, which somebody else may have said before; of a study that was read for that, or is
-    being read, it is then looked whether images came since. Raises ValueError for what is not a DICOM UID.
+    being read, it is then looked whether images came since. `by_command`: the caller does this run itself. Raises
+    ValueError for what is not a DICOM UID.
     """
     event = _event(study_uid, "study-available", source, key, now)
     looked_at = frozenset() if is_request else READ_ALREADY
-    job, is_new = store.accept_event(event, ended=ENDED | {WAITING}, looked_at=looked_at)
+    job, is_new = store.accept_event(event, ended=ENDED | {WAITING}, looked_at=looked_at, by_command=by_command)
     _tell(event, job, is_new)
     return job, is_new
 

@@ -184,10 +184,16 @@ def _join(session: Session, order: OrderRecord, other: OrderRecord) -> None:
     session.flush()
 
 
+IMAGES_ARE_THERE = order_status_rank("completed")
+
+
 def _advance(order: OrderRecord, event: OrderEvent, told_by: str) -> None:
     """Status only moves forward: a late or repeated `new` never opens again what is cancelled or done. An EHR whose
     order is active does not lift the hold that the RIS put on it, nor the other way round."""
-    if event.control == "hold":
+    is_over = order_status_rank(event.status) >= IMAGES_ARE_THERE
+    if is_over or order_status_rank(order.status) >= IMAGES_ARE_THERE:  # type: ignore[arg-type]
+        order.is_on_hold = False  # there is nothing left to hold
+    elif event.control == "hold":
         order.is_on_hold, order.held_by = True, told_by
     elif event.control == "resume" and order.held_by in ("", told_by):
         order.is_on_hold = False

@@ -14,8 +14,8 @@ from middleware.store.queries import REJECTED, changing, start_next_run
 from middleware.store.tables import SeenStudy, StudyEvent, StudyJob, Watermark
 
 WAITING = "waiting"
-AT_ONCE = 500
-"""Studies asked for in one statement."""
+AT_ONCE, TOGETHER = 500, 50
+"""Studies asked for in one statement, and changed in one transaction."""
 
 
 @dataclass(frozen=True)
@@ -69,10 +69,13 @@ class ArrivalStore:
     def see(self, found: Sequence[Seen], source: str, now: datetime, job_ids: Mapping[str, str]) -> int:
         """Remember what the PACS has; for each study that differs from before, an event of its images. The number of
         those. `job_ids` are by study UID; a study without one is remembered and nothing more (the first look ever)."""
-        heard = 0
         changed = self._differing(found)
-        if not changed:  # as nearly always: then nobody waits for us
-            return 0
+        # A few at a time: who has a message to keep waits for us meanwhile.
+        parts = [changed[first : first + TOGETHER] for first in range(0, len(changed), TOGETHER)]
+        return sum(self._note_changes(part, source, now, job_ids) for part in parts)
+
+    def _note_changes(self, changed: Sequence[Seen], source: str, now: datetime, job_ids: Mapping[str, str]) -> int:
+        heard = 0
         with changing(self._engine) as session:
             for seen in changed:
                 row = session.get(SeenStudy, seen.study_instance_uid, with_for_update=True)
@@ -94,20 +97,19 @@ class ArrivalStore:
                 known.update((row.study_instance_uid, (row.instances, row.digest)) for row in session.exec(query))
         return [seen for seen in found if known.get(seen.study_instance_uid) != (seen.instances, seen.digest)]
 
-    def forget_missing(self, found: Collection[str], study_date_from: str) -> None:
-        """Note that the PACS has no longer what it had of studies from this date (YYYYMMDD) on that are not among
-        `found`, so that the same images sent again are news."""
+    def missing(self, found: Collection[str], study_date_from: str) -> list[str]:
+        """Studies from this date (YYYYMMDD) on that the PACS had, and that are not among `found`."""
         with Session(self._engine) as session:
             query = select(SeenStudy.study_instance_uid)
             query = query.where(SeenStudy.study_date >= study_date_from, SeenStudy.instances > 0)
-            gone = [uid for uid in session.exec(query) if uid not in found]
-        if not gone:
-            return
+            return [uid for uid in session.exec(query) if uid not in found]
+
+    def forget(self, study_uid: str) -> None:
+        """Note that the PACS has nothing of a study any more, so that the same images sent again are news."""
         with changing(self._engine) as session:
-            for uid in gone:
-                row = session.get(SeenStudy, uid)
-                if row is not None:
-                    row.instances, row.digest = 0, ""
+            row = session.get(SeenStudy, study_uid)
+            if row is not None:
+                row.instances, row.digest = 0, ""
 
     # Studies that wait
 
@@ -116,12 +118,6 @@ class ArrivalStore:
         with Session(self._engine, expire_on_commit=False) as session:
             query = select(StudyJob).where(col(StudyJob.look_at) <= now, StudyJob.state != "reading")
             return list(session.exec(query.order_by(col(StudyJob.look_at)).limit(limit)))
-
-    def next_look(self) -> datetime | None:
-        """When the next job is due; None where none is."""
-        with Session(self._engine) as session:
-            query = select(StudyJob.look_at).where(col(StudyJob.look_at).is_not(None), StudyJob.state != "reading")
-            return session.exec(query.order_by(col(StudyJob.look_at)).limit(1)).first()
 
     def settle(
         self,
@@ -190,6 +186,9 @@ def _apply(
         job.look_at = at
     elif job.state in reopen and _is_news(job, changed_at):
         job.state, job.look_at = WAITING, at
+    elif job.state in ("accepted", "reading") and _is_news(job, changed_at):
+        job.facts = {**job.facts, "told_at": at.isoformat()}  # whether it matters is known when the run ends
+        event.note = "weighed when the reading that went on has ended"
     else:
         event.note = otherwise
     if event.kind == "images-stable":

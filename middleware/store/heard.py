@@ -77,7 +77,7 @@ class PatientRecord(SQLModel, table=True):
     name: str = ""
     birth_date: str = ""
     sex: str = ""
-    merged_into: str = ""
+    merged_into: str = Field(default="", index=True)
     updated_at: datetime = time_field()
 
 

@@ -157,16 +157,19 @@ class HearingStore:
                 col(OrderRecord.is_on_hold).is_(False),
                 or_(col(OrderRecord.study_instance_uid) != "", col(OrderRecord.accession_number) != ""),
             )
-            return list(session.exec(query.order_by(col(OrderRecord.look_after)).limit(limit)))
+            # The latest first: what is looked for in vain for weeks must not keep what was told just now waiting.
+            return list(session.exec(query.order_by(col(OrderRecord.updated_at).desc()).limit(limit)))
 
-    def looked_for(self, order: OrderRecord, now: datetime, look_after: datetime | None) -> None:
-        """Remember that an order's study was looked for: None where it was found and handed on, else when to look
-        again. Nothing where the order changed meanwhile, so that it is looked for as it is now."""
+    def looked_for(
+        self, order: OrderRecord, now: datetime, look_after: datetime | None, *, is_found: bool = False
+    ) -> None:
+        """Remember that an order's study was looked for, and when to look again (None: no more). Nothing where the
+        order changed meanwhile, so that it is looked for as it is now."""
         with self.changing() as session:
             known = session.get(OrderRecord, order.order_id)
             if known is not None and known.updated_at == order.updated_at:
                 known.look_after = look_after
-                known.handed_at = known.handed_at if look_after else now
+                known.handed_at = now if is_found and not known.handed_at else known.handed_at
                 session.add(known)
 
     def was_merged_away(self, patient_id: str, issuer: str = "") -> bool:
@@ -187,13 +190,7 @@ class HearingStore:
         with Session(self._engine) as session:
             records = self._records(session, patient_id, issuer)
             survivors = {(find_survivor(session, record) or record).patient_key for record in records}
-            names = {patient_id}
-            if len(survivors) == 1:
-                merged = session.exec(select(PatientRecord).where(PatientRecord.merged_into != "")).all()
-                mine = [one for one in merged if (find_survivor(session, one) or one).patient_key in survivors]
-                survivor = session.get(PatientRecord, next(iter(survivors)))
-                names.update(record.patient_id for record in (*mine, *((survivor,) if survivor else ())))
-            return sorted(names)
+            return sorted({patient_id, *(_merged_ids(session, *survivors) if len(survivors) == 1 else ())})
 
     def are_same_patient(self, one: tuple[str, str], other: tuple[str, str]) -> bool:
         """Whether two patients (id and authority, empty where not stated) are one, merges followed. Both authorities
@@ -256,6 +253,18 @@ def same_patient(session: Session, one: tuple[str, str], other: tuple[str, str])
     if one[0] == other[0] and (one[1] == other[1] or not one[1] or not other[1]):
         return True
     return _share_survivor(session, find_patient(session, *one), find_patient(session, *other))
+
+
+def _merged_ids(session: Session, survivor_key: str) -> set[str]:
+    """The patient ids of a survivor and of all that were merged into it, over any number of merges."""
+    survivor = session.get(PatientRecord, survivor_key)
+    names, seen, last = {survivor.patient_id} if survivor else set(), {survivor_key}, [survivor_key]
+    while last:
+        merged = session.exec(select(PatientRecord).where(col(PatientRecord.merged_into).in_(last))).all()
+        names.update(record.patient_id for record in merged)
+        last = [record.patient_key for record in merged if record.patient_key not in seen]
+        seen.update(last)
+    return names
 
 
 def _share_survivor(session: Session, one: Sequence[PatientRecord], other: Sequence[PatientRecord]) -> bool:

@@ -11,6 +11,8 @@ from sqlmodel import Session, SQLModel, col, create_engine, select
 
 from middleware.store.tables import ArtifactRecord, Decision, Delivery, StepRun, StudyEvent, StudyJob
 
+MAY_CHANGE = frozenset({"held", "unmatched"})
+"""States of a job that what an order or the EHR says may change: whose study it is, and what rules look at."""
 OPEN_DELIVERY_STATES = ("pending", "in_flight", "retrying")
 REJECTED = "nothing: a person rejected this study"
 """The note of an event that reads nothing for that."""
@@ -71,18 +73,25 @@ class Store:
     # Events and jobs
 
     def accept_event(
-        self, happened: StudyEvent, *, ended: Collection[str] = (), looked_at: Collection[str] = ()
+        self,
+        happened: StudyEvent,
+        *,
+        ended: Collection[str] = (),
+        looked_at: Collection[str] = (),
+        by_command: bool = False,
     ) -> tuple[StudyJob, bool]:
         """Remember an event and its job durably; the job and whether the event is new. The same key twice is
         one event; a second event of a job that exists adds no second job, but starts its next run where the job's
-        state is among `ended`, or has its images looked at again where among `looked_at`, in the same transaction."""
+        state is among `ended`, or has its images looked at again where among `looked_at`, in the same transaction.
+        `by_command`: whoever asks does this run itself, with images, context or protocol of its own; the service leaves
+        it alone."""
         try:
-            return self._add_event(happened, ended, looked_at)
+            return self._add_event(happened, ended, looked_at, by_command)
         except IntegrityError:  # the event, or another one of the same study, arrived on another connection meanwhile
-            return self._add_event(happened, ended, looked_at)
+            return self._add_event(happened, ended, looked_at, by_command)
 
     def _add_event(
-        self, happened: StudyEvent, ended: Collection[str], looked_at: Collection[str]
+        self, happened: StudyEvent, ended: Collection[str], looked_at: Collection[str], by_command: bool
     ) -> tuple[StudyJob, bool]:
         with self._changing() as session:
             known = session.get(StudyEvent, happened.idempotency_key)
@@ -106,6 +115,10 @@ class Store:
             elif job.state == "reading":  # the images of this run may be fetched already: read once more after it
                 job.facts = {**job.facts, "again_at": happened.received_at.isoformat()}
             note = REJECTED if job.state == "rejected" else happened.note
+            if job.state == "accepted":
+                others = {key: value for key, value in job.facts.items() if key != "by_command"}
+                job.facts = {**others, "by_command": True} if by_command else others
+                job.look_at = None if by_command else job.look_at
             session.add(job)
             session.add(StudyEvent(**{**happened.model_dump(), "note": note}))
             return job, True
@@ -118,7 +131,12 @@ class Store:
         with self._changing() as session:
             job = self._existing_job(session, job_id, for_update=True)
             job.state, job.reasons, job.updated_at = state, list(reasons), now
-            job.look_at = look_at or job.look_at
+            asked = job.look_at if state != "failed" else None
+            job.look_at = min((at for at in (look_at, asked) if at), default=None)
+            told_at = job.facts.get("told_at")
+            if told_at and state in MAY_CHANGE:  # an order that came meanwhile: a look decides
+                job.state, job.look_at = "waiting", now
+            job.facts = {key: value for key, value in job.facts.items() if key != "told_at"}
             asked_at = job.facts.get("again_at")
             if asked_at:
                 job.facts = {key: value for key, value in job.facts.items() if key != "again_at"}

@@ -87,7 +87,7 @@ def test_images_that_come_during_a_reading_are_looked_at_after_it(arrivals: Arri
 
 @pytest.mark.parametrize(
     ("state", "then"),
-    [("held", "accepted"), ("unmatched", "accepted"), ("released", "released"), ("rejected", "rejected"),
+    [("held", "waiting"), ("unmatched", "waiting"), ("released", "released"), ("rejected", "rejected"),
      ("unusable", "unusable"), ("failed", "failed")],
 )  # fmt: skip
 def test_order_reads_again_only_where_it_may_change_the_end(
@@ -98,6 +98,21 @@ def test_order_reads_again_only_where_it_may_change_the_end(
     hear(arrivals, "order", "o", after(1))
     assert store.job(JOB).state == then
     assert bool(store.events_of_job(JOB)[-1].note) == (then == state)
+
+
+def test_order_that_comes_during_a_reading_is_weighed_at_its_end(arrivals: ArrivalStore, store: Store) -> None:
+    for number, (state, then) in enumerate((("released", "released"), ("held", "waiting"), ("unmatched", "waiting"))):
+        accept_study(store, UID, source="http", key=f"k{number}", now=after(number * 10))
+        store.update_job(JOB, after(number * 10 + 1), state="reading")
+        hear(arrivals, "order", f"o{number}", after(number * 10 + 2))
+        store.conclude_job(JOB, after(number * 10 + 3), state, [])
+        job = store.job(JOB)
+        assert (job.state, bool(job.look_at)) == (then, then == "waiting")
+
+
+def test_run_of_a_command_is_left_alone_by_the_service(arrivals: ArrivalStore, store: Store) -> None:
+    accept_study(store, UID, source="process", key="p", now=NOW, by_command=True)
+    assert arrivals.due(after(9)) == []
 
 
 def test_study_that_waits_is_read_at_once_when_asked_for(arrivals: ArrivalStore, store: Store) -> None:
@@ -117,10 +132,10 @@ def test_what_the_pacs_has_is_news_only_where_it_differs(arrivals: ArrivalStore,
 
 def test_what_is_gone_is_news_when_it_is_back(arrivals: ArrivalStore, store: Store) -> None:
     see_studies(arrivals, [seen(5), seen(5, uid="1.2.3")], source="pacs", first=True, now=NOW)
-    arrivals.forget_missing({"1.2.3"}, "20260301")
+    assert arrivals.missing({"1.2.3"}, "20260301") == [UID]
+    arrivals.forget(UID)
     assert see_studies(arrivals, [seen(5), seen(5, uid="1.2.3")], source="pacs", first=False, now=NOW) == 1
-    arrivals.forget_missing(set(), "20260305")  # days that were not looked at
-    assert see_studies(arrivals, [seen(5)], source="pacs", first=False, now=NOW) == 0
+    assert arrivals.missing(set(), "20260305") == []  # days that were not looked at
 
 
 def test_what_is_no_uid_is_passed_over_or_refused(arrivals: ArrivalStore) -> None:
@@ -172,14 +187,15 @@ def test_rejected_stays_so_until_a_person_releases_it(store: Store, arrivals: Ar
         hear(arrivals, kind, str(number), after(3))
     assert store.job(JOB).state == "rejected"
     assert arrivals.due(after(9)) == []
-    assert release_study(store, JOB, person="b", reason="it is his", now=after(10)).state == "accepted"
+    again = release_study(store, JOB, person="b", reason="it is his", now=after(10), overrule=True)
+    assert again.state == "accepted"
 
 
 @pytest.mark.parametrize(("person", "reason"), [("", "why"), ("who", ""), (" ", "why")])
 def test_decision_needs_a_person_and_a_reason(store: Store, person: str, reason: str) -> None:
     hold(store)
     for decide in (release_study, reject_study):
-        with pytest.raises(NotDecidable, match="needs a person and a reason"):
+        with pytest.raises(NotDecidable, match="needs a"):
             decide(store, JOB, person=person, reason=reason, now=NOW)
     assert store.job(JOB).state == "held"
 

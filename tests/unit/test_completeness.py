@@ -70,8 +70,10 @@ def test_what_is_done_by_what_is_there(looks: list[tuple[float, Sight]], actions
     assert look(*looks) == actions
 
 
-def test_said_to_be_complete_it_is_read_at_once_and_incomplete_sooner() -> None:
-    assert look((0, COMPLETE), told=Told(is_complete=True)) == ["read"]
+def test_said_to_be_complete_it_is_read_when_one_more_look_finds_the_same() -> None:
+    assert look((0, COMPLETE), (4, COMPLETE), (5, COMPLETE), told=Told(is_complete=True)) == ["wait", "wait", "read"]
+    growing = [(n, replace(COMPLETE, required=str(n))) for n in range(0, 20, 4)]
+    assert look(*growing, told=Told(is_complete=True)) == ["wait"] * 5
     assert look((0, MISSING), (29, MISSING), (30, MISSING), told=Told(is_complete=True)) == ["wait", "wait", "read"]
     assert look((0, NOTHING), (899, NOTHING), told=Told(is_complete=True)) == ["wait", "wait"]
 
