@@ -46,7 +46,7 @@ bench: setup .cache/test-packages
 	@$(BIN)/python -m tests.bench $(ARGS)
 
 soak: setup .cache/test-packages
-	@WETREAD_SOAK=1 $(BIN)/pytest tests/crash -q $(ARGS)
+	@WETREAD_SOAK=1 $(BIN)/pytest tests/crash tests/system/test_hospital_day.py -q $(ARGS)
 
 fmt: setup
 	$(BIN)/ruff format .

@@ -1,5 +1,6 @@
 """A reverse proxy in front of a real server, so that a test can make one request of many go wrong."""
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -28,10 +29,12 @@ class Seen:
 
 @dataclass
 class Proxy:
-    """At `url`; `judge` may be changed at any time; `seen` in order of arrival."""
+    """At `url`; `judge` and `hold` may be changed at any time; `seen` in order of arrival."""
 
     url: str
     judge: Judge = lambda method, path, body: None
+    hold: Callable[[str], bool] = lambda target: False
+    """Whether a request (its path and query) has to wait; asked again until it need not."""
     seen: list[Seen] = field(default_factory=list)
 
     def posts(self) -> list[Seen]:
@@ -64,6 +67,8 @@ def _app(proxy: Proxy, upstream: str) -> FastAPI:
 
     async def pass_on(request: Request, path: str) -> Response:
         body = await request.body()
+        while proxy.hold(str(request.url)):  # noqa: ASYNC110 - anything may be waited for
+            await asyncio.sleep(0.05)
         answer = proxy.judge(request.method, path, body) or await _forward(forward, request, body)
         proxy.seen.append(Seen(request.method, path, body, answer.status_code))
         return answer
