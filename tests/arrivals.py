@@ -9,13 +9,14 @@ from typing import Any
 
 import httpx
 import pydicom
+from sqlmodel import Session
 
 from connectors.dicomweb.client import DicomwebClient
 from connectors.dicomweb.config import DicomwebConfig
 from deploy.hospital.pacs import RunningOrthanc
 from middleware.store.arrivals import ArrivalStore
 from middleware.store.queries import Store, open_engine
-from middleware.store.tables import StudyEvent, StudyJob
+from middleware.store.tables import SeenStudy, StudyEvent, StudyJob
 from tests.serving import Service
 
 QUIET_S, LONGEST_WAIT_S = 1.0, 4.0
@@ -48,8 +49,8 @@ class Watching:
     def start(self, source: str = "pacs", **environment: str) -> None:
         """Start it, and wait until it has looked once at where it hears from (`source`, if any)."""
         self.service.start(**environment)
-        engine = open_engine(f"sqlite:///{self.service.data_dir}/wetread.sqlite")
-        self.store, self.arrivals = Store(engine), ArrivalStore(engine)
+        self.engine = open_engine(f"sqlite:///{self.service.data_dir}/wetread.sqlite")
+        self.store, self.arrivals = Store(self.engine), ArrivalStore(self.engine)
         until(lambda: not source or self.arrivals.watermark(source), what="the first look")
 
     def stop(self) -> None:
@@ -71,6 +72,12 @@ class Watching:
         """What was heard of it, oldest first."""
         job = self.job(study_uid)
         return self.store.events_of_job(job.job_id) if job else []
+
+    def instances_seen(self, study_uid: str) -> int:
+        """How many instances the watch knows the PACS to have of a study."""
+        with Session(self.engine) as session:
+            row = session.get(SeenStudy, study_uid)
+            return row.instances if row else 0
 
     def steps(self, study_uid: str) -> list[str]:
         """The steps that ran, in order."""

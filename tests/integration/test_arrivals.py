@@ -10,7 +10,7 @@ import pytest
 
 from deploy.hospital.pacs import RunningOrthanc, start_orthanc
 from deploy.hospital.phantom_dicom import derived_uid
-from tests.arrivals import LONGEST_WAIT_S, Watching, changed, count_in, of_series, read, store_in
+from tests.arrivals import LONGEST_WAIT_S, Watching, changed, count_in, of_series, read, store_in, until
 from tests.crash.small_study import Copy, SmallStudy
 
 T2W, ADC, HBV = 4, 7, 8
@@ -54,13 +54,14 @@ def test_study_that_arrives_in_pieces_and_any_order_is_read_once(site: Watching,
     job = site.settled(fresh.study_uid)
     assert (job.state, job.revision, job.facts["run"]) == ("released", 1, 1)
     assert site.steps(fresh.study_uid).count("fetch") == 1
-    assert count_in(site.orthanc, fresh.study_uid) > len(fresh.instances)  # the results are there too
-    time.sleep(3)  # they are images of the study to the watcher, and change nothing
+    until(lambda: count_in(site.orthanc, fresh.study_uid) > len(fresh.instances), what="to deliver the results")
+    # They are images of the study to the watcher, and change nothing.
+    until(lambda: "no protocol uses" in site.events(fresh.study_uid)[-1].note, what="to look at the results")
+    until(lambda: (job := site.job(fresh.study_uid)) is not None and job.look_at is None, what="to have looked")
     again = site.job(fresh.study_uid)
     assert again is not None
     assert (again.state, again.facts["run"], again.look_at) == ("released", 1, None)
     assert {event.source for event in site.events(fresh.study_uid)} == {"pacs"}
-    assert "no protocol uses" in site.events(fresh.study_uid)[-1].note
 
 
 def test_what_is_missing_is_named_while_it_waits_and_read_when_it_comes(
@@ -95,7 +96,8 @@ def test_late_series_that_no_role_uses_is_noted(site: Watching, small_study: Sma
     fresh = small_study.copy("sagittal")
     site.send(fresh.study_uid, fresh.instances)
     site.settled(fresh.study_uid, "released")
-    time.sleep(2)
+    until(lambda: count_in(site.orthanc, fresh.study_uid) == len(fresh.instances) + 4, what="to deliver the results")
+    until(lambda: site.instances_seen(fresh.study_uid) == len(fresh.instances) + 4, what="to see the results")
     before = len(site.events(fresh.study_uid))
     late = [
         changed(
@@ -109,10 +111,8 @@ def test_late_series_that_no_role_uses_is_noted(site: Watching, small_study: Sma
         for n, one in enumerate(of_series(fresh.instances, T2W))
     ]
     site.send(fresh.study_uid, late)
-    time.sleep(3)
-    events = site.events(fresh.study_uid)
-    assert len(events) > before
-    assert all("no protocol uses" in event.note for event in events[before:])
+    until(lambda: len(site.events(fresh.study_uid)) > before, what="to hear of it")
+    until(lambda: "no protocol uses" in site.events(fresh.study_uid)[-1].note, what="to look at it")
     assert site.settled(fresh.study_uid).facts["run"] == 1
 
 
@@ -183,14 +183,13 @@ def test_deleted_and_sent_again_is_looked_at_again(site: Watching, small_study: 
     fresh = small_study.copy("again")
     site.send(fresh.study_uid, fresh.instances)
     site.settled(fresh.study_uid, "released")
-    time.sleep(2.5)  # the results have been seen
+    until(lambda: site.instances_seen(fresh.study_uid) > len(fresh.instances), what="to see the results")
     before = len(site.events(fresh.study_uid))
     _delete(site.orthanc, fresh.study_uid)
-    time.sleep(3)  # a look at the days before has found it gone
+    until(lambda: not site.instances_seen(fresh.study_uid), what="to find it gone")
     site.send(fresh.study_uid, fresh.instances)
-    time.sleep(2)
-    assert len(site.events(fresh.study_uid)) > before
-    assert site.settled(fresh.study_uid).facts["run"] == 1
+    until(lambda: len(site.events(fresh.study_uid)) > before, what="to hear of it again")
+    assert site.settled(fresh.study_uid, "released").facts["run"] == 1
 
 
 def _delete(orthanc: RunningOrthanc, study_uid: str) -> None:

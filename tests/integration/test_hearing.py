@@ -332,7 +332,7 @@ def test_cancelled_order_reads_nothing(site: Listening) -> None:
 
 def test_order_on_hold_reads_nothing_until_it_is_resumed(site: Listening) -> None:
     study_uid = add_study(site, "not-yet", AccessionNumber="A-not")
-    for n, (control, status) in enumerate((("HD", ""), ("SC", "IP"), ("SC", "CM"))):
+    for n, (control, status) in enumerate((("HD", ""), ("SC", "IP"), ("XO", "IP"))):
         site.send_ok(write_order(f"not-{n}", control, ("P-not", "", "A-not", ""), status=status, patient="MRN-CANARY"))
     site.applied("not-2")
     time.sleep(1.5)
