@@ -109,6 +109,7 @@ class SignIn:
         """Ends a sign-in that goes on, and closes all connections."""
         if self._renewing is not None:
             self._renewing.cancel()
+            await asyncio.gather(self._renewing, return_exceptions=True)
         await self._http.aclose()
 
     async def _renew(self) -> Grant:

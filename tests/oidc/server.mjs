@@ -43,13 +43,17 @@ const provider = new Provider(origin, {
   enabledJWA: { clientAuthSigningAlgValues: ['RS384', 'ES384'] },
   features: { clientCredentials: { enabled: true }, devInteractions: { enabled: false } },
   assertJwtClientAuthClaimsAndHeader: checkAssertion,
+  // Its own dispatcher refuses loopback addresses, where all of a test is.
+  fetch: (url, { dispatcher, ...options }) => fetch(url, options),
   ttl: { ClientCredentials: () => behaviour.ttl_s },
 });
 provider.on('grant.success', (ctx) => {
   live.set(ctx.body.access_token, Date.now() + behaviour.ttl_s * 1000);
   seen.granted.push(ctx.body.scope);
 });
-provider.on('grant.error', (ctx, error) => seen.refused.push(`${error.error} ${error.error_detail ?? error.message}`));
+provider.on('grant.error', (ctx, error) => {
+  seen.refused.push([error.error, error.error_detail, error.cause?.message].join(' '));
+});
 
 async function bodyOf(request) {
   const chunks = [];
