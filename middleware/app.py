@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 
 from middleware import telemetry
-from middleware.api import events, health
+from middleware.api import events, health, keys
 from middleware.api.limits import BodyLimit
 from middleware.api.refusals import refuse_invalid
 from middleware.bootstrap import READING_QUEUE, Overrides, open_systems, run_workflows
@@ -63,6 +63,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_exception_handler(RequestValidationError, refuse_invalid)
     app.include_router(events.router)
     app.include_router(health.router)
+    app.include_router(keys.router)
     return app
 
 
