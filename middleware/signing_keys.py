@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from connectors.fhir.keys import SigningKey, add_key, published, read_keys, signing_key
 from middleware.errors import SettingsError
@@ -82,7 +82,7 @@ def _print_keys(keys: Sequence[SigningKey], screen: Console) -> None:
         in_use = signing_key(keys, now).kid
     except ValueError:
         in_use = ""
-    table = Table("kid", "algorithm", "state", "signs from", "published until")
+    table = Table(Column("kid", overflow="fold"), "algorithm", "state", "signs from", "published until")
     for key in keys:
         table.add_row(key.kid, key.algorithm, _state(key, in_use, now), _show(key.begins_at), _show(key.ends_at))
     screen.print(table)

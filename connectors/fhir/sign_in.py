@@ -198,7 +198,7 @@ class SignIn:
         if not _ERROR_CODE.fullmatch(code):
             _refuse_status(answer, self._where(), "Check oauth.token_url.")
         if answer.status in _RETRYABLE_STATUS or answer.status >= 500 or code == "temporarily_unavailable":
-            _refuse_status(answer, self._where(), "")
+            raise _later(answer, self._where())
         words = "".join(c for c in str(said.get("error_description", "")) if c.isprintable())[:300]
         words = "" if not words or assertion[:40] in words else f" ({words})"
         step = _NEXT_STEPS.get(code, "Check the client's registration at the server")
@@ -226,10 +226,15 @@ def _check_endpoint(url: str, base: str, where: str) -> None:
 def _refuse_status(answer: Answer, where: str, step: str) -> NoReturn:
     status = answer.status
     if status in _RETRYABLE_STATUS or (status >= 500 and status != 501):
-        raise Retryable(f"{where}: cannot be done now (HTTP {status}).", retry_after_s=retry_after_s(answer.headers))
+        raise _later(answer, where)
     if 300 <= status < 400:
         raise Permanent(f"{where}: redirects elsewhere (HTTP {status}). Set oauth.token_url to the final address.")
     raise Permanent(f"{where}: refused (HTTP {status}). {step}")
+
+
+def _later(answer: Answer, where: str) -> Retryable:
+    wait_s = retry_after_s(answer.headers)
+    return Retryable(f"{where}: cannot be done now (HTTP {answer.status}).", retry_after_s=wait_s)
 
 
 def _told_skew(answer: Answer) -> str:
