@@ -144,10 +144,19 @@ class FhirClient:
         return page
 
     async def _exchange(
-        self, method: str, url: httpx.URL, where: str, *, body: bytes | None = None, repeatable: bool = True
+        self,
+        method: str,
+        url: httpx.URL,
+        where: str,
+        *,
+        body: bytes | None = None,
+        headers: Mapping[str, str] | None = None,
+        repeatable: bool = True,
     ) -> object:
         """One request; the JSON of its answer, or the error that stands for what came, with the answer kept in it."""
-        answer = await self._signed(method, url, where, body, repeatable)
+        typed = {"Content-Type": MEDIA_TYPE} if body is not None else {}
+        request = self._http.build_request(method, url, content=body, headers={**typed, **(headers or {})})
+        answer = await self._signed(request, where, repeatable)
         if not repeatable and answer.status in _GATEWAY_STATUS:
             raise unanswered(where, f"HTTP {answer.status}")
         resource = answer.json() if answer.is_whole else None
@@ -161,30 +170,26 @@ class FhirClient:
             _refuse(f"{where}: the answer is not JSON ({answer.kind}). Check that url is the FHIR base.", sent=body)
         return resource
 
-    async def _signed(self, method: str, url: httpx.URL, where: str, body: bytes | None, repeatable: bool) -> Answer:
-        """The answer to a request with our token; to a second one with a fresh token where the first one met 401.
+    async def _signed(self, request: httpx.Request, where: str, repeatable: bool) -> Answer:
+        """The answer to the request with our token; sent again with a fresh one where it met 401.
 
         A server that answers 401 has not acted, so that this repeats nothing.
         """
         if self._sign_in is None:
             held = self._config.token.get_secret_value() if self._config.token else ""
-            return await self._send(method, url, where, body, repeatable, held)
+            return await self._send(request, where, repeatable, held)
         token = await self._sign_in.token()
-        answer = await self._send(method, url, where, body, repeatable, token)
+        answer = await self._send(request, where, repeatable, token)
         if answer.status != 401:
             return answer
         fresh = await self._sign_in.token(rejected=token)
-        return await self._send(method, url, where, body, repeatable, fresh)
+        return await self._send(request, where, repeatable, fresh)
 
-    async def _send(
-        self, method: str, url: httpx.URL, where: str, body: bytes | None, repeatable: bool, token: str
-    ) -> Answer:
-        headers = {"Content-Type": MEDIA_TYPE} if body is not None else {}
-        if token:
-            headers["Authorization"] = f"Bearer {token}"
-        request = self._http.build_request(method, url, content=body, headers=headers)
+    async def _send(self, request: httpx.Request, where: str, repeatable: bool, token: str) -> Answer:
         with failures(where, repeatable=repeatable):
             async with asyncio.timeout(self._config.request_timeout_s):
+                if token:
+                    request.headers["Authorization"] = f"Bearer {token}"
                 return await exchange(self._http, request, self._config.max_answer_bytes)
 
     def _access(self, status: int) -> str:
