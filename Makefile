@@ -29,10 +29,17 @@ setup: .venv/installed .cache/servers
 	@sh deploy/hospital/install_debian.sh tests
 	@touch $@
 
+# The authorization server of the tests, with the Node that it supports; npm takes what the lock file names and checks it.
+.cache/oidc/installed: tests/oidc/package.json tests/oidc/package-lock.json .cache/test-packages
+	@mkdir -p .cache/oidc
+	@cp tests/oidc/package.json tests/oidc/package-lock.json .cache/oidc/
+	@npm ci --prefix .cache/oidc --ignore-scripts --no-audit --no-fund --silent && touch $@ \
+		|| echo "not installed: oidc-provider; the tests of the sign-in at an EHR fail"
+
 demo: setup
 	@$(BIN)/wetread demo $(ARGS)
 
-test: setup .cache/test-packages
+test: setup .cache/test-packages .cache/oidc/installed
 	@$(BIN)/pytest $(PYTEST_ARGS) $(ARGS)
 
 check: setup

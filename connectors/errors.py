@@ -6,7 +6,13 @@ the peer may already have acted on what was sent.
 
 
 class ConnectorError(Exception):
-    """Something a connector could not do. The message names the system, what failed and the next step."""
+    """Something a connector could not do. The message names the system, what failed and the next step.
+
+    `answer` is what the peer answered, as it came, where the connector keeps it. It may hold patient data: it belongs
+    into the store, with what was sent, and never into a log or a message.
+    """
+
+    answer: bytes = b""
 
 
 class Retryable(ConnectorError):

@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 
 from middleware import telemetry
-from middleware.api import events, health, subscriptions
+from middleware.api import events, health, keys, subscriptions
 from middleware.api.limits import BodyLimit
 from middleware.api.refusals import refuse_invalid
 from middleware.bootstrap import READING_QUEUE, Overrides, open_systems, run_workflows
@@ -70,6 +70,7 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(events.router)
     app.include_router(subscriptions.router)
     app.include_router(health.router)
+    app.include_router(keys.router)
     return app
 
 

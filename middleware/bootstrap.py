@@ -5,7 +5,7 @@ import gc
 import socket
 import sqlite3
 import tempfile
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -19,6 +19,7 @@ from connectors.dicomweb.client import DicomwebClient
 from connectors.dicomweb.folder import FolderClient
 from connectors.errors import Permanent
 from connectors.fhir.client import FhirClient
+from connectors.fhir.keys import KeyRing
 from connectors.mllp.client import MllpClient
 from connectors.mllp.listener import MllpListener, MllpListenerConfig, OnMessage
 from connectors.orthanc.client import OrthancChanges
@@ -189,6 +190,9 @@ async def open_systems(settings: Settings, overrides: Overrides | None = None) -
             context_name=overrides.context_name or (settings.ehr.name if settings.ehr else ""),
             ehr=ehr,
             ris=ris,
+            public_keys=KeyRing(settings.ehr.oauth.key_files).published
+            if settings.ehr and settings.ehr.oauth
+            else None,
         )
 
 
@@ -199,6 +203,11 @@ def _open_pacs(settings: Settings) -> DicomwebClient | FolderClient | None:
         settings.pacs.folder.mkdir(parents=True, exist_ok=True)
         return FolderClient(settings.pacs.folder, name="pacs")
     return DicomwebClient(settings.pacs)
+
+
+def _public_keys(settings: Settings) -> Callable[[], Mapping[str, Any]] | None:
+    oauth = settings.ehr.oauth if settings.ehr else None
+    return KeyRing(oauth.key_files).published if oauth else None
 
 
 def _triton_config(settings: Settings, overrides: Overrides) -> TritonConfig | None:

@@ -7,7 +7,9 @@ import getpass
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
+from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import Annotated
@@ -19,7 +21,7 @@ from rich.table import Table
 from sqlalchemy.exc import DBAPIError
 
 from middleware import app as service
-from middleware import checking, explaining, holding_desk, process, replaying, telemetry
+from middleware import checking, explaining, holding_desk, process, replaying, signing_keys, telemetry
 from middleware.errors import SettingsError
 from middleware.intake.holding import reject_study, release_study
 from middleware.intake.protocols import BUNDLED, load_protocol, load_protocols, replace_protocol
@@ -33,6 +35,8 @@ cli = typer.Typer(
 )
 protocols_cli = typer.Typer(no_args_is_help=True, help="Look at, check and try reading protocols.")
 cli.add_typer(protocols_cli, name="protocols")
+keys_cli = typer.Typer(no_args_is_help=True, help="Make, change and list the keys of the sign-in at the EHR.")
+cli.add_typer(keys_cli, name="keys")
 
 screen = Console(highlight=False)
 errors = Console(stderr=True, highlight=False)
@@ -231,6 +235,43 @@ def dry_run(
     if source is not None:
         raise typer.Exit(asyncio.run(replaying.dry_run(source, protocols, screen)))
     raise typer.Exit(replaying.replay_past(settings, past or 0.0, protocols, screen, show_all=show_all))
+
+
+class Algorithm(StrEnum):
+    """How a key signs (SMART App Launch 2.2)."""
+
+    ES384 = "ES384"
+    RS384 = "RS384"
+
+
+@keys_cli.command("new")
+def new_key(
+    file: Annotated[Path, typer.Argument(help="JWK set with private keys; made where it is not there.")],
+    algorithm: Annotated[Algorithm, typer.Option(help="What the EHR takes.")] = Algorithm.ES384,
+    overlap_hours: Annotated[
+        float,
+        typer.Option(min=0, max=8760, help="So long the new key is published before it signs, the old ones after."),
+    ] = 24.0,
+) -> None:
+    """Add a key, which takes over once the EHR has had time to see it; drop keys that have ended."""
+    signing_keys.make_signing_key(file, algorithm, overlap_hours * 3600, screen)
+
+
+@keys_cli.command("list")
+def list_keys(
+    file: Annotated[Path | None, typer.Argument(help="A file of keys; default: ehr.oauth.key_files.")] = None,
+    jwks: Annotated[bool, typer.Option("--jwks", help="Print the public JWK set, to register it at the EHR.")] = False,
+    config: ConfigOption = None,
+) -> None:
+    """Show which key signs, which are published, and until when."""
+    files = [file] if file else _key_files(load_settings(config))
+    signing_keys.list_signing_keys(files, jwks, screen)
+
+
+def _key_files(settings: Settings) -> Sequence[Path]:
+    if settings.ehr is None or settings.ehr.oauth is None:
+        raise SettingsError("keys list: no sign-in by keys is set (ehr.oauth.key_files); or name a file")
+    return settings.ehr.oauth.key_files
 
 
 def _folder(settings: Settings) -> Path:

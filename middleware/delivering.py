@@ -1,12 +1,13 @@
 """The steps of `deliver`: which deliveries are due at a destination, and one attempt at one of them."""
 
+from contextlib import suppress
 from typing import TypedDict
 
 from dbos import DBOS
 
 from middleware import steps, telemetry
 from middleware.release.deliveries import Outcome, give_up, oru_control_id, send_to_ehr, send_to_pacs, send_to_ris
-from middleware.store.tables import Delivery
+from middleware.store.tables import Delivery, DeliveryAnswer
 
 
 @DBOS.step()
@@ -36,6 +37,7 @@ async def attempt_delivery(delivery_id: str, attempt: int) -> Attempted:
     outcome = await _send_kept(delivery, resent=resent)
     if outcome.state == "retrying" and attempt >= retry.attempts:
         outcome = give_up(outcome, attempt)
+    _keep_answer(delivery, outcome.answer)
     store.mark_delivery(delivery_id, now(), outcome.state, receipt=outcome.receipt, reason=outcome.reason)
     telemetry.DELIVERIES.labels(delivery.destination, outcome.state).inc()
     telemetry.log(
@@ -44,6 +46,19 @@ async def attempt_delivery(delivery_id: str, attempt: int) -> Attempted:
     what = f"{delivery.artifact_name} to {delivery.destination}"
     telemetry.tell(telemetry.Progress(what, outcome.state, outcome.reason or outcome.receipt))
     return Attempted(state=outcome.state, wait_s=retry.wait_s(attempt, outcome.retry_after_s))
+
+
+def _keep_answer(delivery: Delivery, answer: bytes) -> None:
+    """Keep the destination's own words. That they cannot be kept does not change what became of the delivery."""
+    if not answer:
+        return
+    here = steps.systems()
+    with suppress(OSError):
+        digest = here.artifacts.put(answer).digest
+        attempt = DeliveryAnswer(
+            delivery_id=delivery.delivery_id, attempt=delivery.attempts, digest=digest, received_at=here.now()
+        )
+        here.store.keep_answer(attempt)
 
 
 async def _send_kept(delivery: Delivery, *, resent: bool) -> Outcome:

@@ -14,9 +14,10 @@ from middleware.intake.orders import NUMBERS
 from middleware.intake.protocols import LoadedProtocol, load_protocols
 from middleware.kept import Kept, open_kept
 from middleware.settings import Settings
-from middleware.showing import diff_lines, print_considered, print_indented, print_roles
+from middleware.showing import diff_lines, issue_lines, print_considered, print_indented, print_roles
+from middleware.store.artifacts import read_answer
 from middleware.store.heard import HeardMessage, OrderRecord
-from middleware.store.tables import StudyJob
+from middleware.store.tables import Delivery, StudyJob
 
 Protocols = Mapping[str, LoadedProtocol]
 
@@ -130,6 +131,19 @@ def _print_deliveries(job: StudyJob, kept: Kept, screen: Console) -> None:
         revision, tries = str(each.revision), str(each.attempts)
         deliveries.add_row(each.destination, each.artifact_name, revision, each.state, tries, said)
     screen.print(deliveries)
+    for each in planned:
+        _print_answer(each, kept, screen)
+
+
+def _print_answer(delivery: Delivery, kept: Kept, screen: Console) -> None:
+    """Print the destination's own words to the last attempt, where they were kept."""
+    if not (answers := kept.store.answers(delivery.delivery_id)):
+        return
+    last = answers[-1]
+    told = f"to attempt {last.attempt} with {delivery.artifact_name}"
+    screen.print(f"  [bold]{delivery.destination}[/] said {escape(told)}, {_time(last.received_at)}:", soft_wrap=True)
+    for line in issue_lines(read_answer(kept.artifacts, last.digest)) or ["(no longer kept)"]:
+        print_indented(escape(line), 4, screen)
 
 
 # Orders

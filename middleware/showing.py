@@ -2,6 +2,7 @@
 
 import difflib
 from collections.abc import Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -12,6 +13,7 @@ from mappings.model.findings import RoleChoice
 from middleware.intake.deciding import Check, Considered, Decided
 
 MOST_LINES = 20
+MOST_CHARACTERS = 500
 _MARKS = {True: "[green]✓[/]", False: "[red]✗[/]", None: "[yellow]?[/]"}
 
 
@@ -64,6 +66,28 @@ def print_roles(roles: Sequence[RoleChoice], screen: Console) -> None:
         screen.print(f"  role [bold]{choice.role}[/]{need}, {choice.title}: {taken}")
         for reason in choice.reasons:
             print_indented(f"[dim]{escape(reason)}[/]", 4, screen)
+
+
+def issue_lines(answer: object) -> list[str]:
+    """What a FHIR server said, issue by issue, in its own words; of any other answer the beginning."""
+    if not isinstance(answer, dict):
+        return [" ".join(answer.split())[:MOST_CHARACTERS]] if isinstance(answer, str) else []
+    entries = answer.get("entry")
+    listed = [each for each in entries if isinstance(each, dict)] if isinstance(entries, list) else []
+    outcomes = [answer, *((each.get("response") or {}).get("outcome") for each in listed)]
+    issues = [issue for each in outcomes if isinstance(each, dict) for issue in each.get("issue") or ()]
+    lines = [_issue_line(issue) for issue in issues if isinstance(issue, dict)]
+    rest = len(lines) - MOST_LINES
+    return [*lines[:MOST_LINES], *([f"and {rest} more"] if rest > 0 else [])]
+
+
+def _issue_line(issue: dict[str, Any]) -> str:
+    details = issue.get("details")
+    text = issue.get("diagnostics") or (details.get("text") if isinstance(details, dict) else "") or ""
+    places = issue.get("expression") or issue.get("location") or []
+    where = f" at {', '.join(map(str, places))}" if isinstance(places, list) and places else ""
+    told = " ".join(f"{issue.get('severity', '')} {issue.get('code', '')}: {text}".split())
+    return f"{told[:MOST_CHARACTERS]}{where[:MOST_CHARACTERS]}"
 
 
 def diff_lines(then: str, now: str) -> list[str]:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from typing import Any
 
 import jinja2
 
@@ -36,6 +37,7 @@ class Systems:
     context_name: str = ""
     ehr: Ehr | None = None
     ris: Ris | None = None
+    public_keys: Callable[[], Mapping[str, Any]] | None = None
     now: Callable[[], datetime] = field(default=lambda: datetime.now().astimezone())
 
     def configured(self) -> tuple[str, ...]:

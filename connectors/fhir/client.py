@@ -5,21 +5,17 @@ Nothing is retried here: Retryable says that the caller may, and after how long.
 
 import asyncio
 import json
-import logging
 import re
-import ssl
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any
 
 import httpx
 
-from connectors.errors import Ambiguous, ConnectorError, Permanent, Retryable
+from connectors.errors import Ambiguous, ConnectorError, Permanent
 from connectors.fhir.config import FhirConfig
 from connectors.fhir.outcome import check_transaction, status_error
-
-# httpx prints every URL at INFO, and a FHIR query holds patient names and ids.
-logging.getLogger("httpx").setLevel(logging.WARNING)
+from connectors.fhir.sign_in import SignIn
+from connectors.fhir.wire import Answer, exchange, failures, tls_context, unanswered
 
 Json = dict[str, Any]
 
@@ -32,6 +28,8 @@ _OPERATION = re.compile(r"\$[a-z][a-z\-]{0,63}")
 _WHOLE = {"Prefer": "return=representation"}
 # The gateway gave up on the server, which may still be at work.
 _GATEWAY_STATUS = (502, 504)
+# What is kept of an answer that explains a failure.
+_MAX_KEPT_BYTES = 1 << 20
 
 
 class FhirClient:
@@ -39,13 +37,11 @@ class FhirClient:
 
     def __init__(self, config: FhirConfig) -> None:
         self._config = config
-        # How things stand now: HAPI answers a search that it has answered within a minute from memory.
-        headers = {"Accept": MEDIA_TYPE, "Cache-Control": "no-cache"}
-        if config.token:
-            headers["Authorization"] = f"Bearer {config.token.get_secret_value()}"
+        self._sign_in = SignIn(config, config.oauth) if config.oauth else None
         self._http = httpx.AsyncClient(
-            verify=_tls_context(config),
-            headers=headers,
+            verify=tls_context(config.name, config.ca_file),
+            # How things stand now: HAPI answers a search that it has answered within a minute from memory.
+            headers={"Accept": MEDIA_TYPE, "Cache-Control": "no-cache"},
             timeout=httpx.Timeout(config.read_timeout_s, connect=config.connect_timeout_s),
             limits=httpx.Limits(max_connections=8, keepalive_expiry=2.0),
             trust_env=False,
@@ -135,7 +131,11 @@ class FhirClient:
         body = json.dumps(bundle, ensure_ascii=False, allow_nan=False).encode()
         url = httpx.URL(self._config.url)
         answer = await self._exchange("POST", url, where, body=body, repeatable=all(map(_is_repeatable, entries)))
-        return check_transaction(answer, len(entries), where)
+        try:
+            return check_transaction(answer, len(entries), where)
+        except ConnectorError as error:
+            error.answer = json.dumps(answer).encode()[:_MAX_KEPT_BYTES]
+            raise
 
     async def probe(self) -> str:
         """Says which server answers and in which FHIR version; Permanent unless that is R4 (4.x)."""
@@ -152,6 +152,8 @@ class FhirClient:
 
     async def aclose(self) -> None:
         """Closes all connections."""
+        if self._sign_in:
+            await self._sign_in.aclose()
         await self._http.aclose()
 
     def _check_page(self, url: httpx.URL, seen: set[httpx.URL], where: str) -> None:
@@ -188,49 +190,47 @@ class FhirClient:
         headers: Mapping[str, str] | None = None,
         repeatable: bool = True,
     ) -> object:
-        """One request; the JSON of its answer, or the error that stands for what came."""
+        """One request; the JSON of its answer, or the error that stands for what came, with the answer kept in it."""
         typed = {"Content-Type": MEDIA_TYPE} if body is not None else {}
         request = self._http.build_request(method, url, content=body, headers={**typed, **(headers or {})})
-        with _failures(where, repeatable):
-            async with asyncio.timeout(self._config.request_timeout_s):
-                answer, content = await self._receive(request, where)
-        resource = _json_of(content)
-        if not repeatable and answer.status_code in _GATEWAY_STATUS:
-            raise _unanswered(where, f"HTTP {answer.status_code}")
-        if error := status_error(answer.status_code, answer.headers, resource, where):
+        answer = await self._signed(request, where, repeatable)
+        if not repeatable and answer.status in _GATEWAY_STATUS:
+            raise unanswered(where, f"HTTP {answer.status}")
+        resource = answer.json() if answer.is_whole else None
+        if error := status_error(answer.status, answer.headers, resource, where, self._access(answer.status)):
+            error.answer = answer.content[:_MAX_KEPT_BYTES]
             raise error
+        if not answer.is_whole:
+            limit = self._config.max_answer_bytes
+            _refuse(f"{where}: the answer is larger than max_answer_bytes ({limit}).", sent=body)
         if resource is None:
-            kind = answer.headers.get("content-type", "no Content-Type").partition(";")[0]
-            _refuse(f"{where}: the answer is not JSON ({kind}). Check that url is the FHIR base.", sent=body)
+            _refuse(f"{where}: the answer is not JSON ({answer.kind}). Check that url is the FHIR base.", sent=body)
         return resource
 
-    async def _receive(self, request: httpx.Request, where: str) -> tuple[httpx.Response, bytes]:
-        answer = await self._http.send(request, stream=True)
-        content = bytearray()
-        try:
-            async for chunk in answer.aiter_bytes():
-                content += chunk
-                if len(content) > self._config.max_answer_bytes:
-                    self._too_large(answer, where)
-                    # An error page of any size is still that error.
-                    break
-        finally:
-            await answer.aclose()
-        return answer, bytes(content)
+    async def _signed(self, request: httpx.Request, where: str, repeatable: bool) -> Answer:
+        """The answer to the request with our token; sent again with a fresh one where it met 401.
 
-    def _too_large(self, answer: httpx.Response, where: str) -> None:
-        if answer.is_success:
-            limit = self._config.max_answer_bytes
-            _refuse(
-                f"{where}: the answer is larger than max_answer_bytes ({limit}).", sent=answer.request.method == "POST"
-            )
+        A server that answers 401 has not acted, so that this repeats nothing.
+        """
+        if self._sign_in is None:
+            held = self._config.token.get_secret_value() if self._config.token else ""
+            return await self._send(request, where, repeatable, held)
+        token = await self._sign_in.token()
+        answer = await self._send(request, where, repeatable, token)
+        if answer.status != 401:
+            return answer
+        fresh = await self._sign_in.token(rejected=token)
+        return await self._send(request, where, repeatable, fresh)
 
+    async def _send(self, request: httpx.Request, where: str, repeatable: bool, token: str) -> Answer:
+        with failures(where, repeatable=repeatable):
+            async with asyncio.timeout(self._config.request_timeout_s):
+                if token:
+                    request.headers["Authorization"] = f"Bearer {token}"
+                return await exchange(self._http, request, self._config.max_answer_bytes)
 
-def _tls_context(config: FhirConfig) -> ssl.SSLContext:
-    try:
-        return ssl.create_default_context(cafile=config.ca_file)
-    except OSError as error:
-        raise Permanent(f"{config.name}: ca_file cannot be used ({type(error).__name__}).") from error
+    def _access(self, status: int) -> str:
+        return self._sign_in.advice(status) if self._sign_in else "Check token and its scopes."
 
 
 def _refuse(message: str, *, sent: object) -> None:
@@ -240,51 +240,10 @@ def _refuse(message: str, *, sent: object) -> None:
     raise Permanent(message)
 
 
-def _unanswered(where: str, what: str) -> Ambiguous:
-    return Ambiguous(f"{where}: sent, but no answer of the server ({what}). Look there before sending it again.")
-
-
-@contextmanager
-def _failures(where: str, repeatable: bool) -> Iterator[None]:
-    """Turns failures of the connection into Retryable, or Ambiguous where something unrepeatable was sent."""
-    try:
-        yield
-    except (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout) as error:
-        raise _connect_error(error, where) from error
-    except (httpx.UnsupportedProtocol, httpx.LocalProtocolError) as error:
-        raise Permanent(f"{where}: the request cannot be sent. Check url and token.") from error
-    except httpx.DecodingError as error:
-        raise Permanent(f"{where}: the answer's compression is broken.") from error
-    except (httpx.TransportError, TimeoutError) as error:
-        what = "time limit" if isinstance(error, httpx.TimeoutException | TimeoutError) else type(error).__name__
-        if not repeatable:
-            raise _unanswered(where, what) from error
-        raise Retryable(f"{where}: no answer ({what}).") from error
-
-
-def _connect_error(error: Exception, where: str) -> ConnectorError:
-    cause: BaseException | None = error
-    while cause is not None:
-        if isinstance(cause, ssl.SSLCertVerificationError):
-            return Permanent(
-                f"{where}: its certificate is not trusted ({cause.verify_message}). Check ca_file and url."
-            )
-        cause = cause.__cause__ or cause.__context__
-    return Retryable(f"{where}: no connection ({error or 'time limit'}). Check that the server runs and url is right.")
-
-
 def _resource(answer: object, where: str) -> Json:
     if not isinstance(answer, dict) or not isinstance(answer.get("resourceType"), str):
         raise Permanent(f"{where}: the server answered with something else than a resource.")
     return answer
-
-
-def _json_of(content: bytes) -> object:
-    """The JSON in an answer, None if it is not JSON."""
-    try:
-        return json.loads(content)
-    except (ValueError, RecursionError):
-        return None
 
 
 def _origin(url: httpx.URL) -> tuple[str, str, int | None]:

@@ -49,6 +49,7 @@ if [ "${1:-}" = tests ]; then
     need "the draft's test in a browser fails" chromium
     need "the tests on PostgreSQL fail" postgresql
     command -v openssl >/dev/null 2>&1 || need "the tests with TLS fail" openssl
+    command -v npm >/dev/null 2>&1 || need "the tests of the sign-in at an EHR fail" npm
     command -v curl >/dev/null 2>&1 || need "the fetch benchmark has no rival" curl
 fi
 exit 0

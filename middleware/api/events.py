@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.exc import SQLAlchemyError
 
 from middleware.intake.inbox import accept_study
+from middleware.store.artifacts import read_answer
 from middleware.store.tables import StudyJob
 
 router = APIRouter(tags=["events"])
@@ -119,3 +120,22 @@ def get_deliveries(job_id: JobId, request: Request) -> list[DeliveryOut]:
     """Where each artifact of a job is now."""
     rows = request.app.state.systems.store.deliveries(job_id=job_id)
     return [DeliveryOut.model_validate(row, from_attributes=True) for row in rows]
+
+
+DeliveryId = Annotated[str, Path(pattern=r"^[ -~]{1,64}$")]
+
+
+class AnswerOut(BaseModel):
+    """What a destination answered to one attempt, in its own words: JSON where it is JSON, else text."""
+
+    attempt: int
+    received_at: datetime
+    answer: Any
+
+
+@router.get("/deliveries/{delivery_id}/answers")
+def get_answers(delivery_id: DeliveryId, request: Request) -> list[AnswerOut]:
+    """The destination's own words to the attempts of a delivery, oldest first. They may hold patient data."""
+    systems = request.app.state.systems
+    kept = [(row, read_answer(systems.artifacts, row.digest)) for row in systems.store.answers(delivery_id)]
+    return [AnswerOut(attempt=row.attempt, received_at=row.received_at, answer=answer) for row, answer in kept]

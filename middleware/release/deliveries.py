@@ -8,6 +8,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from typing import Any
 
 from connectors.errors import Ambiguous, Permanent, Retryable
 from mappings.model.ids import derive_control_id, derive_uuid
@@ -21,13 +22,15 @@ DESTINATIONS = ("pacs", "ehr", "ris")
 @dataclass(frozen=True)
 class Outcome:
     """How one attempt ended: the delivery's next state, the destination's answer, or why it is not delivered.
-    `retry_after_s` is the destination's own wish; `uncertain` says that the destination may have acted."""
+    `retry_after_s` is the destination's own wish; `uncertain` says that the destination may have acted; `answer` is
+    what it said in its own words, where that explains the outcome. It may hold patient data."""
 
     state: str
     receipt: str = ""
     reason: str = ""
     retry_after_s: float | None = None
     uncertain: bool = False
+    answer: bytes = b""
 
 
 def plan_deliveries(
@@ -78,11 +81,20 @@ async def send_to_ehr(ehr: Ehr, data: bytes) -> Outcome:
     try:
         answer = await ehr.transaction(json.loads(data))
     except (Retryable, Ambiguous) as error:
-        return Outcome("retrying", reason=str(error), retry_after_s=getattr(error, "retry_after_s", None))
+        wait_s = getattr(error, "retry_after_s", None)
+        return Outcome("retrying", reason=str(error), retry_after_s=wait_s, answer=error.answer)
     except Permanent as error:
-        return Outcome("dead", reason=str(error))
-    stored = [entry.get("response", {}).get("location", "") for entry in answer.get("entry", [])]
-    return Outcome("delivered", receipt=", ".join(location for location in stored if location)[:2000])
+        return Outcome("dead", reason=str(error), answer=error.answer)
+    entries = [entry.get("response", {}) for entry in answer.get("entry", [])]
+    stored = ", ".join(location for entry in entries if (location := entry.get("location", "")))
+    warned = any(issue.get("severity") in ("error", "warning") for entry in entries for issue in _issues(entry))
+    return Outcome("delivered", receipt=stored[:2000], answer=json.dumps(answer).encode() if warned else b"")
+
+
+def _issues(response: dict[str, Any]) -> list[dict[str, Any]]:
+    """The issues of the OperationOutcome that came with one entry of a transaction-response."""
+    issues = (response.get("outcome") or {}).get("issue")
+    return [issue for issue in issues if isinstance(issue, dict)] if isinstance(issues, list) else []
 
 
 async def send_to_ris(ris: Ris, data: bytes, control_id: str, *, duplicate_safe: bool, resent: bool) -> Outcome:
@@ -113,4 +125,4 @@ def oru_control_id(delivery: Delivery) -> str:
 def give_up(outcome: Outcome, attempts: int) -> Outcome:
     """What a delivery becomes when the last attempt has failed too: dead, or ambiguous if it may have arrived."""
     reason = f"given up after {attempts} attempts: {outcome.reason}"
-    return Outcome("ambiguous" if outcome.uncertain else "dead", reason=reason)
+    return Outcome("ambiguous" if outcome.uncertain else "dead", reason=reason, answer=outcome.answer)

@@ -58,3 +58,18 @@ class ArtifactStore:
 
     def _path(self, digest: str) -> str:
         return f"{self._root}/{digest[:2]}/{digest}"
+
+
+def read_answer(artifacts: ArtifactStore, digest: str) -> Any:
+    """What a destination answered: the value where it is JSON that can be passed on, else text, None where it is no
+    longer kept."""
+    try:
+        text = artifacts.get(digest).decode(errors="replace")
+    except (OSError, ValueError):
+        return None
+    try:
+        value = json.loads(text)
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode()
+        return value
+    except (ValueError, RecursionError):
+        return text

@@ -9,7 +9,7 @@ from sqlalchemy import Engine, event
 from sqlalchemy.exc import IntegrityError
 from sqlmodel import Session, SQLModel, col, create_engine, select
 
-from middleware.store.tables import ArtifactRecord, Decision, Delivery, StepRun, StudyEvent, StudyJob
+from middleware.store.tables import ArtifactRecord, Decision, Delivery, DeliveryAnswer, StepRun, StudyEvent, StudyJob
 
 MAY_CHANGE = frozenset({"held", "unmatched"})
 """States of a job that what an order or the EHR says may change: whose study it is, and what rules look at."""
@@ -299,6 +299,18 @@ class Store:
                 delivery.updated_at = now
                 session.add(delivery)
             return delivery
+
+    def keep_answer(self, answer: DeliveryAnswer) -> None:
+        """Remember what the destination answered to an attempt; of the same attempt the last answer counts."""
+        with self._session() as session:
+            session.merge(answer)
+            session.commit()
+
+    def answers(self, delivery_id: str) -> list[DeliveryAnswer]:
+        """The answers to a delivery's attempts that were kept, oldest first."""
+        with self._session() as session:
+            query = select(DeliveryAnswer).where(DeliveryAnswer.delivery_id == delivery_id)
+            return list(session.exec(query.order_by(col(DeliveryAnswer.attempt))))
 
     # Steps
 

@@ -131,6 +131,17 @@ class Delivery(SQLModel, table=True):
     updated_at: datetime = time_field()
 
 
+class DeliveryAnswer(SQLModel, table=True):
+    """What a destination answered to one attempt, in its own words: the artifact store has the bytes (`digest`). It may
+    hold patient data, and is therefore kept beside what was sent and in no log."""
+
+    __tablename__ = "delivery_answer"
+    delivery_id: str = Field(primary_key=True)
+    attempt: int = Field(primary_key=True)
+    digest: str
+    received_at: datetime = time_field()
+
+
 class StepRun(SQLModel, table=True):
     """One run of one step: when, how long, how it ended. Several runs of a step mean retries or restarts."""
 

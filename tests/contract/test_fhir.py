@@ -5,80 +5,20 @@ import json
 import socket
 import ssl
 import subprocess
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from connectors.errors import Ambiguous, Permanent, Retryable
 from connectors.fhir.client import FhirClient
 from connectors.fhir.config import FhirConfig
-
-Json = dict[str, Any]
-# (status, headers, body); None hangs up without an answer.
-Answer = tuple[int, dict[str, str], bytes] | None
+from connectors.fhir.outcome import retry_after_s
+from tests.fhir_peer import Answer, Json, client, closing, peer, said
 
 SELF_SIGNED = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", "-subj", "/CN=localhost"]
-
-
-class Peer(ThreadingHTTPServer):
-    """Answers with what `script(path)` gives, and remembers the requests."""
-
-    def __init__(self, script: Callable[[str], Answer]) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
-        self.script = script
-        self.requests: list[tuple[str, str, dict[str, str], bytes]] = []
-
-
-class Handler(BaseHTTPRequestHandler):
-    server: Peer
-    protocol_version = "HTTP/1.1"
-
-    def do_GET(self) -> None:
-        body = self.rfile.read(int(self.headers.get("content-length", "0")))
-        self.server.requests.append((self.command, self.path, dict(self.headers), body))
-        answer = self.server.script(self.path)
-        if answer is None:
-            self.close_connection = True
-            return
-        status, headers, content = answer
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(content)), **headers}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(content)
-
-    do_POST = do_PUT = do_GET
-
-    def log_message(self, format: str, *args: object) -> None:
-        """Quiet."""
-
-
-@contextmanager
-def peer(script: Callable[[str], Answer] | Answer) -> Iterator[Peer]:
-    server = Peer(script if callable(script) else lambda path: script)
-    thread = threading.Thread(target=server.serve_forever, args=(0.05,), daemon=True)
-    thread.start()
-    try:
-        yield server
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join(10)
-
-
-def client(server: Peer, **settings: object) -> FhirClient:
-    url = f"http://127.0.0.1:{server.server_port}/fhir"
-    return FhirClient(FhirConfig.model_validate({"url": url, **settings}))
-
-
-def said(resource: object, status: int = 200, **headers: str) -> Answer:
-    return status, {"Content-Type": "application/fhir+json", **headers}, json.dumps(resource).encode()
 
 
 def page(*resources: Json, following: str | None = None, mode: str | None = "match") -> Json:
@@ -96,8 +36,8 @@ def observation(number: int) -> Json:
     return {"resourceType": "Observation", "id": str(number)}
 
 
-def outcome(text: str = "bad value", expression: str = "Observation.status") -> Json:
-    issue = {"severity": "error", "code": "invalid", "diagnostics": text, "expression": [expression]}
+def outcome(text: str = "bad value", expression: str = "Observation.status", code: str = "invalid") -> Json:
+    issue = {"severity": "error", "code": code, "diagnostics": text, "expression": [expression]}
     return {"resourceType": "OperationOutcome", "issue": [issue]}
 
 
@@ -150,7 +90,7 @@ async def test_only_matches_of_the_asked_type_are_given() -> None:
         ((200, {"Content-Type": "text/html"}, b"<html>Sign in</html>"), r"not JSON \(text/html\)"),
         ((200, {}, b"[" * 7000), "not JSON"),
         ((200, {}, b" " * 9000), r"max_answer_bytes \(8000\)"),
-        (said(outcome("Unknown search parameter"), 400), r"error invalid: Unknown search parameter at Observation"),
+        (said(outcome("Unknown search parameter"), 400), "error invalid at Observation.status"),
         (said(None, 401), "Check token"),
         (said(None, 404), "url is not the FHIR base"),
         ((302, {"Location": "http://other.invalid/"}, b""), "redirects"),
@@ -185,12 +125,92 @@ async def test_endless_pages_end_at_the_limit() -> None:
 
 @pytest.mark.parametrize("status", [408, 409, 429, 500, 502, 503, 504])
 async def test_passing_trouble_is_retryable_with_the_servers_wish(status: int) -> None:
-    with peer(said(outcome("try later"), status, **{"Retry-After": "12"})) as server:
+    answer = outcome("try later", code="transient")
+    with peer(said(answer, status, **{"Retry-After": "12"})) as server:
         async with closing(client(server)) as fhir:
-            for call in (fhir.search("Observation", {}), fhir.transaction(transaction())):
-                with pytest.raises(Retryable, match="try later") as trouble:
-                    await call
+            for call in (fhir.search, fhir.transaction):
+                with pytest.raises(Retryable, match="error transient") as trouble:
+                    await call(*(("Observation", {}) if call == fhir.search else (transaction(),)))
                 assert trouble.value.retry_after_s == 12
+                assert json.loads(trouble.value.answer) == answer
+
+
+@pytest.mark.parametrize(
+    ("header", "wait_s"),
+    [
+        ("7", 7),
+        ("99999999999999999999999", 86400),
+        ("-5", None),
+        ("soon", None),
+        ("", None),
+        ("Wed, 21 Oct 2015 07:28:00 GMT", 0),
+        ("Fri, 31 Dec 9999 23:59:59 GMT", 86400),
+        ("Fri, 31 Dec 9999 23:59:59 -2300", 86400),
+        ("Fri, 31 Dec 99999 23:59:59 +9999", None),
+    ],
+)
+def test_retry_after_is_a_number_or_a_date_and_a_day_at_most(header: str, wait_s: float | None) -> None:
+    assert retry_after_s({"retry-after": header}) == wait_s
+
+
+def test_retry_after_as_a_date_is_the_time_until_then() -> None:
+    then = format_datetime(datetime.now(UTC) + timedelta(hours=1), usegmt=True)
+    wait_s = retry_after_s({"retry-after": then})
+    assert wait_s is not None
+    assert 3000 < wait_s <= 3600
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "error"),
+    [
+        (409, None, Retryable),
+        (409, "conflict", Retryable),
+        (409, "duplicate", Retryable),
+        (409, "processing", Retryable),
+        (409, "business-rule", Permanent),
+        (409, "multiple-matches", Permanent),
+        (412, None, Permanent),
+        (412, "multiple-matches", Permanent),
+        (412, "conflict", Permanent),
+        (412, "lock-error", Retryable),
+        (501, "not-supported", Permanent),
+        (404, "not-found", Permanent),
+        (413, "too-long", Permanent),
+    ],
+)
+async def test_conflicts_are_told_apart_by_what_the_server_says(
+    status: int, code: str | None, error: type[Exception]
+) -> None:
+    with peer(said(outcome(code=code) if code else None, status)) as server:
+        async with closing(client(server)) as fhir:
+            with pytest.raises(error, match=f"HTTP {status}") as trouble:
+                await fhir.transaction(transaction())
+    assert code is None or f"error {code}" in str(trouble.value)
+
+
+@pytest.mark.parametrize("status", [400, 409, 422, 503])
+async def test_the_servers_words_are_kept_and_not_told(status: int) -> None:
+    """What a server writes may name a patient: the whole answer is kept, the message has codes and elements only."""
+    details = {"text": "Doe^Jane", "coding": [{"code": "MSG_BAD_SYNTAX", "display": "Doe"}, {"code": "Jane Doe"}]}
+    issue = {"severity": "Doe Jane", "code": "invalid", "diagnostics": "Jane Doe 19700101", "details": details}
+    said_so = {"resourceType": "OperationOutcome", "issue": [{**issue, "location": ["Patient.name[0]", "x = 'Doe'"]}]}
+    refused = response("201 Created", f"{status} Doe", outcome=said_so)
+    for answer in (said(said_so, status), said(refused)):
+        with peer(answer) as server:
+            async with closing(client(server)) as fhir:
+                with pytest.raises((Permanent, Retryable)) as trouble:
+                    await fhir.transaction(transaction())
+        assert "invalid (MSG_BAD_SYNTAX, ?) at Patient.name[0], ?" in str(trouble.value)
+        assert "Doe" not in f"{trouble.value} {trouble.value!r}"
+        assert b"Jane Doe 19700101" in trouble.value.answer
+
+
+async def test_of_a_huge_answer_the_beginning_is_kept() -> None:
+    with peer((400, {}, b"x" * (3 << 20))) as server:
+        async with closing(client(server)) as fhir:
+            with pytest.raises(Permanent) as trouble:
+                await fhir.transaction(transaction())
+    assert trouble.value.answer == b"x" * (1 << 20)
 
 
 async def test_large_error_page_is_still_that_error() -> None:
@@ -226,11 +246,15 @@ async def test_transaction_is_posted_to_the_base_and_its_response_returned() -> 
 @pytest.mark.parametrize(
     ("answer", "error", "told"),
     [
-        (said(outcome("bad code"), 400), Permanent, "bad code at Observation.status"),
-        (said(outcome("no such profile"), 422), Permanent, "no such profile"),
+        (said(outcome("bad code"), 400), Permanent, "error invalid at Observation.status"),
+        (said(outcome("no such profile"), 422), Permanent, "error invalid"),
         (said(None, 412), Permanent, "more than one resource"),
         (said(None, 403), Permanent, "Check token"),
-        (said(response("201 Created", "422 Unprocessable", outcome=outcome("why"))), Permanent, "entry 2: 422.*why"),
+        (
+            said(response("201 Created", "422 Unprocessable", outcome=outcome("why"))),
+            Permanent,
+            "entry 2: 422 error invalid",
+        ),
         (said(response("201 Created", "500")), Permanent, "refused 1 of 2 entries"),
         (said(response("201 Created")), Ambiguous, "accounts for 1 of 2"),
         (said(response("201 Created", "")), Ambiguous, "accounts for 1 of 2"),
@@ -343,16 +367,3 @@ async def test_tls_is_checked(tmp_path: Path) -> None:
         async with closing(FhirClient(FhirConfig(url=url))) as fhir:
             with pytest.raises(Permanent, match="not trusted"):
                 await fhir.read("Patient/1")
-
-
-class closing:
-    """Closes a client at the end of an `async with`."""
-
-    def __init__(self, fhir: FhirClient) -> None:
-        self._fhir = fhir
-
-    async def __aenter__(self) -> FhirClient:
-        return self._fhir
-
-    async def __aexit__(self, *error: object) -> None:
-        await self._fhir.aclose()

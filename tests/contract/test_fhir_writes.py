@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 
 from connectors.errors import Ambiguous, Permanent, Retryable
-from tests.contract.test_fhir import Answer, client, closing, outcome, peer, said
+from tests.contract.test_fhir import closing, outcome
+from tests.fhir_peer import Answer, client, peer, said
 
 Json = dict[str, Any]
 
