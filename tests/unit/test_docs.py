@@ -34,7 +34,7 @@ from middleware.settings import load_settings
 
 ROOT = Path(__file__).parents[2]
 GUIDES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
-READING_STATES = {"accepted", "reading", "released", *get_args(EndState)}
+READING_STATES = {"waiting", "accepted", "reading", "released", "rejected", *get_args(EndState)}
 DELIVERY_STATES = {"pending", "in_flight", "delivered", "retrying", "ambiguous", "dead"}
 
 
