@@ -181,7 +181,7 @@ def test_what_people_decided_is_told(site: Site) -> None:
 def test_a_study_that_only_an_order_names(site: Site) -> None:
     told = site.explain(ORDERED)
     assert "No reading: HL7 messages name this study" in told
-    assert "no reading asked for by it" in told
+    assert "its study was not found so far" in told
     assert "placer P-1, accession A-1, study 2.25.4711" in told
     assert re.search(r"refused ORM\^O01 of .*control id conflict", told)
     assert "differs from the one known for this order" in told
