@@ -164,14 +164,26 @@ def release(
     config: ConfigOption = None,
 ) -> None:
     """Have a held study read in spite of the reasons it was held for; the result says who released it."""
-    act = partial(release_study, overrule=overrule)
-    holding_desk.decide(load_settings(config), act, job, person or getpass.getuser(), reason, screen)
+    _decide(partial(release_study, overrule=overrule), job, reason, person, config)
 
 
 @cli.command()
 def reject(job: JobArgument, reason: ReasonOption, person: PersonOption = "", config: ConfigOption = None) -> None:
     """Put a study away: no event reads it from now on, unless a person releases it with --overrule."""
-    holding_desk.decide(load_settings(config), reject_study, job, person or getpass.getuser(), reason, screen)
+    _decide(reject_study, job, reason, person, config)
+
+
+def _decide(action: holding_desk.Decide, job: str, reason: str, person: str, config: Path | None) -> None:
+    by = person or _user()
+    decided = holding_desk.decide(load_settings(config), action, job, by, reason, screen, errors)
+    raise typer.Exit(0 if decided else process.USAGE)
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container whose user has no name
+        raise SettingsError("the user who runs this command has no name here: say who decides with --person") from None
 
 
 @cli.command()

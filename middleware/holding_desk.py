@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 
-import typer
 from rich.console import Console
 from rich.markup import escape
 
@@ -44,26 +43,33 @@ def list_held(settings: Settings, screen: Console) -> None:
     screen.print('  wetread reject JOB --reason "..."    put it away', soft_wrap=True)
 
 
-def decide(settings: Settings, action: Decide, job: str, person: str, reason: str, screen: Console) -> None:
-    """Release or reject a job, named by its id or its study's UID, and print what follows. Raises BadParameter where
-    that cannot be."""
+def decide(
+    settings: Settings, action: Decide, job: str, person: str, reason: str, screen: Console, errors: Console
+) -> bool:
+    """Release or reject a job, named by its id or its study's UID, and print what follows; False where that cannot be,
+    with the reason printed to `errors`."""
     with _store(settings) as store:
         found = store.jobs_of_study(job)
         job_id = found[-1].job_id if found else job
         try:
             decided = action(store, job_id, person=person, reason=reason, now=datetime.now().astimezone())
-        except LookupError as error:
-            raise typer.BadParameter(
-                f"there is no job and no study '{job}'; `wetread held` lists those that wait"
-            ) from error
-        except NotDecidable as error:
-            raise typer.BadParameter(str(error)) from error
+        except LookupError:
+            return _refuse(f"there is no job and no study '{job}'; `wetread held` lists those that wait", errors)
+        except NotDecidable as refusal:
+            return _refuse(str(refusal), errors)
         by = store.decisions(job_id)[-1].person
     follows = _FOLLOWS[decided.state]
-    screen.print(f"Job {decided.job_id} is [bold]{decided.state}[/], decided by {escape(by)}: {follows}.")
+    told = f"Job {decided.job_id} is [bold]{decided.state}[/], decided by {escape(by)}: {follows}."
+    screen.print(told, soft_wrap=True)
+    return True
+
+
+def _refuse(why: str, errors: Console) -> bool:
+    errors.print(f"[bold red]Nothing was decided:[/] {escape(why)}", soft_wrap=True)
+    return False
 
 
 _FOLLOWS = {
-    "accepted": "the service reads it now, and the result will say so",
+    "accepted": "the service reads it now",
     "rejected": "nothing reads it from now on but `wetread release --overrule`",
 }

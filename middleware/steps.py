@@ -316,7 +316,7 @@ def _hold_unless_accepted(
     if not disagreements or (systems().context is None and not systems().configured()):
         store.update_job(job_id, now, facts={"released_despite": None})
         return ""
-    identity = digest_identity(study, context, systems().heard)
+    identity = digest_identity(study, context, systems().heard, _issuers())
     accepted = store.job(job_id).facts.get("accepted", {})
     is_accepted = accepted.get("identity") == identity and set(disagreements) <= set(accepted["reasons"])
     if not is_accepted or not is_told:

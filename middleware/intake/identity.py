@@ -112,12 +112,32 @@ def _against_record(study: Study, heard: HearingStore) -> list[str]:
     return reasons
 
 
-def digest_identity(study: Study, context: ClinicalContext, heard: HearingStore) -> str:
-    """One word for whose study images, EHR and messages say it is: a release by a person holds while it stays the
-    same."""
-    orders = heard.orders_of_study(study.study_instance_uid, study.accession_number)
-    ordered = sorted((o.order_id, o.patient_id, o.patient_issuer, o.accession_number) for o in orders)
-    record = heard.patient(study.patient.patient_id, study.patient.issuer)
-    told = (record.birth_date, record.sex, record.merged_into) if record else ()
-    parts = (study.patient, study.accession_number, context.patient, context.conflicts, ordered, told)
+def digest_identity(study: Study, context: ClinicalContext, heard: HearingStore, issuers: Issuers = ()) -> str:
+    """One word for whose study images and EHR say it is, and for what messages say otherwise: a release by a person
+    holds while it stays the same. A message that agrees changes nothing."""
+    otherwise = sorted({*_orders_otherwise(study, heard, issuers), *_record_otherwise(study, heard)})
+    parts = (study.patient, study.accession_number, context.patient, context.conflicts, otherwise)
     return hashlib.sha256(repr(parts).encode()).hexdigest()
+
+
+def _orders_otherwise(study: Study, heard: HearingStore, issuers: Issuers) -> list[tuple[str, ...]]:
+    """What the orders of the study state that the images do not."""
+    orders = heard.orders_of_study(study.study_instance_uid, study.accession_number)
+    patients = [("patient", o.patient_id, o.patient_issuer) for o in orders if _is_anothers(o, study, heard, issuers)]
+    numbers = [("number", number) for o in orders for number in (o.accession_number, o.study_instance_uid)]
+    mine = ("", study.accession_number, study.study_instance_uid)
+    return [*patients, *(number for number in numbers if number[1] not in mine)]
+
+
+def _record_otherwise(study: Study, heard: HearingStore) -> list[tuple[str, ...]]:
+    """What ADT messages told of the patient that the images do not state."""
+    record = heard.patient(study.patient.patient_id, study.patient.issuer)
+    if record is None:
+        return []
+    birth = study.patient.birth_date.isoformat() if study.patient.birth_date else ""
+    told = (
+        ("birth", record.birth_date, birth),
+        ("sex", record.sex, study.patient.sex),
+        ("merged", record.merged_into, ""),
+    )
+    return [(what, theirs) for what, theirs, mine in told if theirs and theirs != mine]

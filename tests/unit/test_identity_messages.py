@@ -274,6 +274,8 @@ def test_digest_stays_while_nobody_else_is_named_and_changes_with_each_who_is() 
     assert digest == digest_identity(STUDY, context, inbox_of(ordered).store)
     further = order("a", "XO", "ACC", UID, patient="1", status="CM").replace(b"|a|P|", b"|b|P|")
     assert digest == digest_identity(STUDY, context, inbox_of(ordered, further).store)
+    agreeing = digest_identity(STUDY, context, inbox_of().store)
+    assert agreeing == digest_identity(STUDY, context, inbox_of(order("a", "NW", "ACC", UID), adt()).store)
     others = {
         digest_identity(images(patient_id="5"), context, inbox_of(ordered).store),
         digest_identity(images(sex="M"), context, inbox_of(ordered).store),
