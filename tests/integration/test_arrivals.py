@@ -10,7 +10,7 @@ import pytest
 
 from deploy.hospital.pacs import RunningOrthanc, start_orthanc
 from deploy.hospital.phantom_dicom import derived_uid
-from tests.arrivals import LONGEST_WAIT_S, Watching, changed, count_in, of_series, read, store_in
+from tests.arrivals import LONGEST_WAIT_S, Watching, changed, count_in, of_series, read, store_in, until
 from tests.crash.small_study import Copy, SmallStudy
 
 T2W, ADC, HBV = 4, 7, 8
@@ -54,7 +54,7 @@ def test_study_that_arrives_in_pieces_and_any_order_is_read_once(site: Watching,
     job = site.settled(fresh.study_uid)
     assert (job.state, job.revision, job.facts["run"]) == ("released", 1, 1)
     assert site.steps(fresh.study_uid).count("fetch") == 1
-    assert count_in(site.orthanc, fresh.study_uid) > len(fresh.instances)  # the results are there too
+    until(lambda: count_in(site.orthanc, fresh.study_uid) > len(fresh.instances), what="the storing of the results")
     time.sleep(3)  # they are images of the study to the watcher, and change nothing
     again = site.job(fresh.study_uid)
     assert again is not None
