@@ -233,7 +233,7 @@ class Day:
         n = self._next_number()
         born = date(1940 + n % 30, 1 + n % 12, 1 + n % 28)
         site = site or self.rng.choice(SITES)
-        return Person(site, number or f"{470_000 + n}", born, **more)
+        return Person(site, number or f"MRN{470_000 + n}", born, **more)
 
     def visit(
         self,

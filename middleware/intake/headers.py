@@ -42,7 +42,7 @@ class Headers:
                 pairs.append((f"{first_value(one, _SERIES_UID)}/{number}", header))
         whose = pairs[0][1] if pairs else None
         for one in (one for one in series if not _is_of_images(one)):
-            pairs.append((first_value(one, _SERIES_UID), _outline_beside(whose, study_uid, one)))
+            pairs.append((first_value(one, _SERIES_UID), outline_beside(whose, study_uid, one)))
         return await asyncio.to_thread(datasets_to_study, pairs) if pairs else None
 
     async def outline(self, study_uid: str) -> Study | None:
@@ -85,7 +85,7 @@ def _is_of_images(series: DicomJson) -> bool:
     return first_value(series, _MODALITY) not in NON_IMAGE_MODALITIES
 
 
-def _outline_beside(whose: Dataset | None, study_uid: str, series: DicomJson) -> Dataset:
+def outline_beside(whose: Dataset | None, study_uid: str, series: DicomJson) -> Dataset:
     """The outline of a series that is about images: no role looks at it. Whose it is the images say: a search leaves
     out the issuer, and a PACS that keeps patients by their number alone (Orthanc) tells another site's person of it."""
     outline = _outline(study_uid, series)

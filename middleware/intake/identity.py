@@ -123,7 +123,7 @@ def digest_identity(study: Study, context: ClinicalContext, heard: HearingStore,
 def _orders_otherwise(study: Study, heard: HearingStore, issuers: Issuers) -> list[tuple[str, ...]]:
     """What the orders of the study state that the images do not."""
     orders = heard.orders_of_study(study.study_instance_uid, study.accession_number)
-    patients = [("patient", o.patient_id, o.patient_issuer) for o in orders if _is_anothers(o, study, heard, issuers)]
+    patients = [("patient", o.patient_id, o.patient_issuer) for o in orders if is_anothers(o, study, heard, issuers)]
     numbers = [("number", number) for o in orders for number in (o.accession_number, o.study_instance_uid)]
     mine = ("", study.accession_number, study.study_instance_uid)
     return [*patients, *(number for number in numbers if number[1] not in mine)]

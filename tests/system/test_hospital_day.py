@@ -1,7 +1,8 @@
 """A day of hospital traffic ends with every eligible study read once, and every other one explained.
 
 The service, a real Orthanc and Triton, the EHR (in memory), the RIS and python-hl7's client as two sites' senders.
-`WETREAD_SOAK=1` makes the day longer, and kills the service at random moments of it.
+`WETREAD_SOAK=1` makes the day longer (`WETREAD_DAYS` times the stories, under other numbers), and kills the service
+at random moments of it; `WETREAD_SEED` draws it anew.
 """
 
 import os
@@ -28,7 +29,8 @@ from tests.proxy import open_proxy
 
 SOAK = bool(os.environ.get("WETREAD_SOAK"))
 SEED = int(os.environ.get("WETREAD_SEED", "20260304"))
-DAYS, AT_ONCE = (5, 12) if SOAK else (1, 8)
+DAYS = int(os.environ.get("WETREAD_DAYS", "5" if SOAK else "1"))
+AT_ONCE = 8
 KILLS_EVERY_S = (3.0, 12.0)
 SET_ASIDE = [
     {"expression": 'study.description.matches(r"(?i)\\bphantom\\b")', "say": "a QA phantom"},

@@ -73,6 +73,19 @@ def reason(context: ClinicalContext, start: str) -> str:
     return next((line for line in context.missing if line.startswith(start)), "")
 
 
+def test_patients_of_one_number_at_two_sites_are_told_apart_by_what_the_site_lists() -> None:
+    issuers = (("SITEA", "urn:oid:1.2.3"), ("SITEB", "urn:oid:1.2.4"))
+    numbers = [[{"system": f"urn:oid:1.2.{n}", "value": "TEST-001"}] for n in (3, 4)]
+    both = [{**patient(), "id": f"p{n}", "identifier": number} for n, number in enumerate(numbers)]
+    chosen = []
+    for issuer in ("SITEA", "SITEB", "ELSEWHERE"):
+        context = fhir_to_context(
+            both, source="ehr", patient_id="TEST-001", patient_issuer=issuer, accession_number="A", issuers=issuers
+        )
+        chosen.append(context.patient.reference if context.patient else "")
+    assert chosen == ["Patient/p0", "Patient/p1", ""]
+
+
 def test_the_whole_context_with_its_sources() -> None:
     context = read(patient(), order(), lab())
     assert context.patient is not None
