@@ -10,10 +10,12 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 
 from middleware import telemetry
+from middleware.api import deliveries as deliveries_api
 from middleware.api import events, health
 from middleware.api.limits import BodyLimit
 from middleware.api.refusals import refuse_invalid
 from middleware.bootstrap import READING_QUEUE, Overrides, open_systems, run_workflows
+from middleware.dispatching import look_after_deliveries
 from middleware.intake.inbox import accept_study, workflow_id
 from middleware.listening import listen_to_messages
 from middleware.settings import Settings
@@ -50,7 +52,8 @@ def create_app(settings: Settings) -> FastAPI:
         async with open_systems(settings, Overrides()) as systems, run_workflows(systems):
             app.state.systems, app.state.start_reading = systems, start_reading
             telemetry.log("serving", count=await sweep(systems))
-            async with listen_to_messages(systems), watch_studies(systems, start_reading):
+            watching = watch_studies(systems, start_reading)
+            async with listen_to_messages(systems), watching, look_after_deliveries(systems):
                 yield
 
     app = FastAPI(
@@ -63,6 +66,9 @@ def create_app(settings: Settings) -> FastAPI:
     app.add_exception_handler(RequestValidationError, refuse_invalid)
     app.include_router(events.router)
     app.include_router(health.router)
+    app.include_router(deliveries_api.router)
+    if settings.api.token is not None:  # whoever may change deliveries is known by it; without one, nobody may
+        app.include_router(deliveries_api.changing_router)
     return app
 
 
@@ -81,4 +87,5 @@ async def work(settings: Settings) -> None:
     async with open_systems(settings) as systems, run_workflows(systems):
         await sweep(systems)
         telemetry.log("working")
-        await asyncio.Event().wait()
+        async with look_after_deliveries(systems):
+            await asyncio.Event().wait()

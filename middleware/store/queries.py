@@ -11,7 +11,9 @@ from sqlmodel import Session, SQLModel, col, create_engine, select
 
 from middleware.store.tables import ArtifactRecord, Decision, Delivery, StepRun, StudyEvent, StudyJob
 
-OPEN_DELIVERY_STATES = ("pending", "in_flight", "retrying")
+SUPERSEDED_STATES = ("pending", "retrying")
+"""Deliveries in these states go no more once there is a newer revision. What is being sent at that moment is told by
+its own end, since it may arrive."""
 
 
 def open_engine(url: str) -> Engine:
@@ -229,15 +231,17 @@ class Store:
         chance, and what is still on its way of an earlier revision is dead, since a newer result goes instead."""
         with self._changing() as session:
             for delivery in deliveries:
-                known = session.get(Delivery, delivery.delivery_id)
+                known = session.get(Delivery, delivery.delivery_id, with_for_update=True)
                 if known is None:
                     session.add(delivery)
                 elif known.state == "dead":
                     known.state, known.reason, known.updated_at = "pending", "", now
+                    known.tried_since, known.due_at = None, None
             older = select(Delivery).where(Delivery.job_id == job_id, col(Delivery.revision) < revision)
-            for delivery in session.exec(older.where(col(Delivery.state).in_(OPEN_DELIVERY_STATES))):
+            older = older.where(col(Delivery.state).in_(SUPERSEDED_STATES)).with_for_update()
+            for delivery in session.exec(older.order_by(col(Delivery.created_at), col(Delivery.delivery_id))):
                 delivery.state, delivery.reason = "dead", f"superseded by revision {revision}"
-                delivery.updated_at = now
+                delivery.due_at, delivery.updated_at = None, now
 
     def delivery(self, delivery_id: str) -> Delivery:
         """The delivery; LookupError if there is none."""
@@ -257,21 +261,6 @@ class Store:
                 query = query.where(Delivery.state == state)
             order = (col(Delivery.created_at), col(Delivery.destination), col(Delivery.position))
             return list(session.exec(query.order_by(*order)))
-
-    def mark_delivery(
-        self, delivery_id: str, now: datetime, state: str, *, receipt: str = "", reason: str = "", attempt: bool = False
-    ) -> Delivery:
-        """Move a delivery to `state`; `attempt` counts a new try. What was delivered stays delivered."""
-        with self._changing() as session:
-            delivery = session.get(Delivery, delivery_id, with_for_update=True)
-            if delivery is None:
-                raise LookupError(f"no delivery {delivery_id}")
-            if delivery.state != "delivered":
-                delivery.state, delivery.receipt, delivery.reason = state, receipt, reason
-                delivery.attempts += 1 if attempt else 0
-                delivery.updated_at = now
-                session.add(delivery)
-            return delivery
 
     # Steps
 

@@ -1,0 +1,27 @@
+"""Whether a destination answers: a few failures in a row make it down, any answer makes it well again."""
+
+from datetime import datetime, timedelta
+
+from middleware.settings import DestinationSettings
+from middleware.store.tables import DestinationHealth
+
+
+def note_answer(health: DestinationHealth) -> None:
+    """It answered, whatever it said: it is there."""
+    health.failures, health.reason, health.trial = 0, "", ""
+    health.down_since = health.probe_at = None
+
+
+def note_failure(health: DestinationHealth, reason: str, now: datetime, settings: DestinationSettings) -> None:
+    """It could not be reached, did not answer or said that it cannot just now."""
+    health.failures, health.reason, health.trial = health.failures + 1, reason, ""
+    if health.failures >= settings.down_after:
+        health.down_since = health.down_since or now
+        health.probe_at = now + timedelta(seconds=settings.probe_wait_s(health.failures))
+
+
+def note_wish(health: DestinationHealth, wait_s: float, now: datetime) -> None:
+    """It asked to be left alone for so long (HTTP `Retry-After`): it is obeyed rather than probed."""
+    until = now + timedelta(seconds=wait_s)
+    health.failures = 0
+    health.hold_until = max(until, health.hold_until or until)
