@@ -1,7 +1,7 @@
 """`wetread deliveries`, `retry` and `replay`: where results are, and what a person does about those that wait."""
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
@@ -14,6 +14,7 @@ from rich.table import Table
 from middleware.intake.protocols import load_protocols
 from middleware.kept import Kept, open_kept
 from middleware.release.deliveries import DESTINATIONS
+from middleware.release.health import reason_of
 from middleware.release.redelivering import (
     NotDeliverable,
     Replay,
@@ -23,7 +24,7 @@ from middleware.release.redelivering import (
     settle_delivered,
 )
 from middleware.settings import Settings
-from middleware.store.tables import Delivery, StudyJob
+from middleware.store.tables import Delivery, DestinationHealth, StudyJob
 
 MOST_ROWS = 200
 SHORT = 8
@@ -52,18 +53,18 @@ def list_deliveries(settings: Settings, state: str, destination: str, study: str
     with _kept(settings) as kept:
         job_ids = [job.job_id for job in kept.store.jobs_of_study(study)] or [study] if study else None
         found = kept.deliveries.search(state=state, destination=destination, job_ids=job_ids, limit=MOST_ROWS + 1)
-        _print_table(found[:MOST_ROWS], screen)
+        healths = kept.deliveries.healths()
+        _print_table(found[:MOST_ROWS], healths, screen)
         if len(found) > MOST_ROWS:
             screen.print(f"These are the first {MOST_ROWS}; narrow them with --state, --destination or a study.")
-        for each in DESTINATIONS:
-            health = kept.deliveries.health(each)
-            if health.down_since is not None:
-                since = f"[red]{each} is down[/] since {_when(health.down_since)}; next probe {_when(health.probe_at)}"
-                screen.print(f"{since}: {escape(health.reason)}", soft_wrap=True)
+    for each, health in healths.items():
+        if health.down_since is not None:
+            since = f"[red]{each} is down[/] since {_when(health.down_since)}; next probe {_when(health.probe_at)}"
+            screen.print(f"{since}: {escape(health.reason)}", soft_wrap=True)
     _print_next(found, screen)
 
 
-def _print_table(found: Sequence[Delivery], screen: Console) -> None:
+def _print_table(found: Sequence[Delivery], healths: Mapping[str, DestinationHealth], screen: Console) -> None:
     if not found:
         screen.print("No delivery matches.")
         return
@@ -73,7 +74,7 @@ def _print_table(found: Sequence[Delivery], screen: Console) -> None:
     table.columns[2].overflow = "ellipsis"
     for each in found:
         state = f"[{_COLOURS.get(each.state, 'default')}]{each.state}[/]"
-        said = escape(each.reason or each.receipt)
+        said = escape(reason_of(each, healths) or each.receipt)
         name = escape(Path(each.artifact_name).name + (" (again)" if each.replay else ""))
         row = (each.delivery_id[:SHORT], each.destination, name, str(each.revision), state, str(each.attempts))
         table.add_row(*row, f"{each.updated_at.astimezone():%m-%d %H:%M}", said)
@@ -92,7 +93,8 @@ def show_delivery(settings: Settings, delivery_id: str, save: Path | None, scree
     with _kept(settings) as kept:
         delivery = _find(kept, delivery_id)
         job = kept.store.job(delivery.job_id)
-        for name, value in _facts(delivery, job, settings).items():
+        reason = reason_of(delivery, kept.deliveries.healths())
+        for name, value in _facts(delivery, reason, job, settings).items():
             screen.print(f"[dim]{name:>12}[/]  {escape(value)}", soft_wrap=True)
         for decision in kept.store.decisions(delivery.job_id):
             if decision.action in ("retry", "delivered", "replay"):
@@ -103,7 +105,7 @@ def show_delivery(settings: Settings, delivery_id: str, save: Path | None, scree
             screen.print(f"Written to {escape(str(save))}.", soft_wrap=True)
 
 
-def _facts(delivery: Delivery, job: StudyJob, settings: Settings) -> dict[str, str]:
+def _facts(delivery: Delivery, reason: str, job: StudyJob, settings: Settings) -> dict[str, str]:
     store = settings.artifacts_url or str(settings.data_dir.absolute() / "artifacts")
     facts = {
         "delivery": delivery.delivery_id,
@@ -111,7 +113,7 @@ def _facts(delivery: Delivery, job: StudyJob, settings: Settings) -> dict[str, s
         "what": f"{delivery.artifact_name}, revision {delivery.revision}",
         "to": delivery.destination,
         "state": delivery.state,
-        "reason": delivery.reason,
+        "reason": reason,
         "receipt": delivery.receipt,
         "replay": delivery.replay,
         "tries": f"{delivery.attempts}, the first {_when(delivery.tried_since)}" if delivery.tried_since else "none",

@@ -4,6 +4,7 @@ Requests that change something need the bearer token `api.token`; without that s
 """
 
 import hmac
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Annotated, Literal
 
@@ -11,6 +12,7 @@ from fastapi import APIRouter, Depends, Header, HTTPException, Path, Query, Requ
 from pydantic import BaseModel, ConfigDict, Field
 
 from middleware.api.events import JobId, StudyUid
+from middleware.release.health import reason_of
 from middleware.release.redelivering import (
     NotDeliverable,
     Replay,
@@ -49,15 +51,23 @@ class DeliveryOut(BaseModel):
     updated_at: datetime
 
 
-def show_delivery(delivery: Delivery) -> DeliveryOut:
+def show_delivery(delivery: Delivery, here: Systems) -> DeliveryOut:
     """The delivery as the API shows it."""
-    return DeliveryOut.model_validate(delivery, from_attributes=True)
+    return show_deliveries([delivery], here)[0]
+
+
+def show_deliveries(deliveries: Sequence[Delivery], here: Systems) -> list[DeliveryOut]:
+    """The deliveries as the API shows them; those that wait for a destination that is down say so."""
+    healths = here.deliveries.healths()
+    columns = [{**each.model_dump(), "reason": reason_of(each, healths)} for each in deliveries]
+    return [DeliveryOut.model_validate(each) for each in columns]
 
 
 @router.get("/jobs/{job_id}/deliveries")
 def get_deliveries_of_job(job_id: JobId, request: Request) -> list[DeliveryOut]:
     """Where each artifact of a job is now."""
-    return [show_delivery(row) for row in _systems(request).store.deliveries(job_id=job_id)]
+    here = _systems(request)
+    return show_deliveries(here.store.deliveries(job_id=job_id), here)
 
 
 @router.get("/deliveries")
@@ -68,8 +78,9 @@ def get_deliveries(
     limit: Annotated[int, Query(ge=1, le=1000)] = 200,
 ) -> list[DeliveryOut]:
     """Deliveries that match, in the order in which they were planned; the first `limit` of them."""
-    found = _systems(request).deliveries.search(state=state or "", destination=destination or "", limit=limit)
-    return [show_delivery(row) for row in found]
+    here = _systems(request)
+    found = here.deliveries.search(state=state or "", destination=destination or "", limit=limit)
+    return show_deliveries(found, here)
 
 
 # What changes something
@@ -121,11 +132,12 @@ def retry(delivery_id: DeliveryId, word: RetryIn, request: Request) -> DeliveryO
     here = _systems(request)
     decide = settle_delivered if word.delivered else retry_delivery
     try:
-        return show_delivery(decide(here.deliveries, here.store.delivery(delivery_id), _word(word, here)))
+        decided = decide(here.deliveries, here.store.delivery(delivery_id), _word(word, here))
     except LookupError as error:
         raise HTTPException(404, "no such delivery") from error
     except NotDeliverable as error:
         raise HTTPException(409, str(error)) from error
+    return show_delivery(decided, here)
 
 
 @changing_router.post("/studies/{study_uid}/replay")
@@ -149,7 +161,7 @@ def replay(
         )
     except NotDeliverable as error:
         raise HTTPException(409, str(error)) from error
-    return [show_delivery(row) for row in going]
+    return show_deliveries(going, here)
 
 
 def _word(word: WordIn, here: Systems) -> Word:

@@ -1,9 +1,10 @@
 """Whether a destination answers: a few failures in a row make it down, any answer makes it well again."""
 
+from collections.abc import Mapping
 from datetime import datetime, timedelta
 
 from middleware.settings import DestinationSettings
-from middleware.store.tables import DestinationHealth
+from middleware.store.tables import Delivery, DestinationHealth
 
 
 def note_answer(health: DestinationHealth) -> None:
@@ -25,3 +26,11 @@ def note_wish(health: DestinationHealth, wait_s: float, now: datetime) -> None:
     until = now + timedelta(seconds=wait_s)
     health.failures = 0
     health.hold_until = max(until, health.hold_until or until)
+
+
+def reason_of(delivery: Delivery, healths: Mapping[str, DestinationHealth]) -> str:
+    """Why a delivery is where it is: its own reason or, of one that waits without having been tried, its destination's."""
+    health = healths.get(delivery.destination)
+    if delivery.reason or delivery.state != "pending" or health is None or health.down_since is None:
+        return delivery.reason
+    return f"{delivery.destination} is down since {health.down_since:%Y-%m-%d %H:%M:%S} UTC ({health.reason})"

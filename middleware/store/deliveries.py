@@ -185,6 +185,11 @@ class DeliveryStore:
         with self._reading() as session:
             return session.get(DestinationHealth, destination) or DestinationHealth(destination=destination)
 
+    def healths(self) -> dict[str, DestinationHealth]:
+        """What is known of every destination that was ever tried, by its name."""
+        with self._reading() as session:
+            return {each.destination: each for each in session.exec(select(DestinationHealth))}
+
     def take_probe(self, destination: str, now: datetime, next_at: datetime) -> bool:
         """Whether the caller is to probe the destination now; nobody else does until `next_at`."""
         with changing(self._engine) as session:

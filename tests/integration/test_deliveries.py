@@ -79,7 +79,7 @@ def settings_of(folder: Path, pacs: str, ehr: str, ris_port: int, **ris: Any) ->
             "pacs": {"url": f"{pacs}/dicom-web"},
             "ehr": {"url": f"{ehr}/fhir"},
             "ris": {"host": "127.0.0.1", "port": ris_port, "ack_timeout_s": 0.6, **ris},
-            "deliver": {destination: QUICK for destination in ("pacs", "ehr", "ris")},
+            "deliver": dict.fromkeys(("pacs", "ehr", "ris"), QUICK),
         }
     )
 
