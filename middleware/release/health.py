@@ -29,7 +29,7 @@ def note_wish(health: DestinationHealth, wait_s: float, now: datetime) -> None:
 
 
 def reason_of(delivery: Delivery, healths: Mapping[str, DestinationHealth]) -> str:
-    """Why a delivery is where it is: its own reason or, of one that waits without having been tried, its destination's."""
+    """Why a delivery is where it is: its own reason or, of one that waits and was never tried, its destination's."""
     health = healths.get(delivery.destination)
     if delivery.reason or delivery.state != "pending" or health is None or health.down_since is None:
         return delivery.reason

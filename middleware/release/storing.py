@@ -80,7 +80,7 @@ def _judge(look: _Look, said: str, *, late: bool) -> Outcome:
         return Outcome("delivered", receipt=f"{said}; QIDO-RS cannot confirm it: {look.unknown}")
     if look.differing:
         what = ", ".join(look.differing)
-        reason = f"the PACS has another instance under this UID ({what} differ); look there, and remove the wrong one"
+        reason = f"the PACS has another instance under this UID (other {what}); look there and remove the wrong one"
         return Outcome("dead", reason=reason)
     if look.is_there:
         return Outcome("delivered", receipt=f"{said}; found by QIDO-RS")

@@ -106,13 +106,15 @@ async def test_stat_overtakes_what_is_queued(tmp_path: Path) -> None:
 
 async def test_the_rate_limit_holds(tmp_path: Path) -> None:
     settings = {"ris": {"per_minute": 3, "concurrency": 4}}
-    async with RisServer(tmp_path / "ris.jsonl") as ris:
-        async with service(settings_of(tmp_path, settings, ris=ris_at(ris.port))) as systems:
-            send(systems, [Parcel(f"job{n}", n) for n in range(8)])
-            await until(lambda: len(ris.received()) >= 3)
-            await asyncio.sleep(3.0)
-            assert len(ris.received()) == 3
-            assert sorted(states(systems).values()) == ["delivered"] * 3 + ["pending"] * 5
+    async with (
+        RisServer(tmp_path / "ris.jsonl") as ris,
+        service(settings_of(tmp_path, settings, ris=ris_at(ris.port))) as systems,
+    ):
+        send(systems, [Parcel(f"job{n}", n) for n in range(8)])
+        await until(lambda: len(ris.received()) >= 3)
+        await asyncio.sleep(3.0)
+        assert len(ris.received()) == 3
+        assert sorted(states(systems).values()) == ["delivered"] * 3 + ["pending"] * 5
 
 
 async def test_a_server_that_answers_its_probe_only_is_not_hammered(tmp_path: Path, ehr: Proxy) -> None:
