@@ -9,7 +9,6 @@ from pathlib import Path
 import typer
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from middleware.intake.protocols import load_protocols
 from middleware.kept import Kept, open_kept
@@ -24,6 +23,7 @@ from middleware.release.redelivering import (
     settle_delivered,
 )
 from middleware.settings import Settings
+from middleware.showing import print_indented
 from middleware.store.tables import Delivery, DestinationHealth, StudyJob
 
 MOST_ROWS = 200
@@ -54,7 +54,7 @@ def list_deliveries(settings: Settings, state: str, destination: str, study: str
         job_ids = [job.job_id for job in kept.store.jobs_of_study(study)] or [study] if study else None
         found = kept.deliveries.search(state=state, destination=destination, job_ids=job_ids, limit=MOST_ROWS + 1)
         healths = kept.deliveries.healths()
-        _print_table(found[:MOST_ROWS], healths, screen)
+        print_rows(found[:MOST_ROWS], healths, screen)
         if len(found) > MOST_ROWS:
             screen.print(f"These are the first {MOST_ROWS}; narrow them with --state, --destination or a study.")
     for each, health in healths.items():
@@ -64,21 +64,24 @@ def list_deliveries(settings: Settings, state: str, destination: str, study: str
     _print_next(found, screen)
 
 
-def _print_table(found: Sequence[Delivery], healths: Mapping[str, DestinationHealth], screen: Console) -> None:
+def print_rows(found: Sequence[Delivery], healths: Mapping[str, DestinationHealth], screen: Console) -> None:
+    """Print two lines for each delivery: where it is, and below that what the destination said or why it waits."""
     if not found:
         screen.print("No delivery matches.")
         return
-    table = Table("id", "to", "what", "rev", "state", "tries", "since", "receipt or reason")
-    for column in table.columns[:-1]:
-        column.no_wrap = True
-    table.columns[2].overflow = "ellipsis"
+    screen.print(f"[bold]{_row('id', 'state', 'to', 'what', 'rev', 'tries', 'since')}[/]")
     for each in found:
-        state = f"[{_COLOURS.get(each.state, 'default')}]{each.state}[/]"
-        said = escape(reason_of(each, healths) or each.receipt)
-        name = escape(Path(each.artifact_name).name + (" (again)" if each.replay else ""))
-        row = (each.delivery_id[:SHORT], each.destination, name, str(each.revision), state, str(each.attempts))
-        table.add_row(*row, f"{each.updated_at.astimezone():%m-%d %H:%M}", said)
-    screen.print(table)
+        name = Path(each.artifact_name).name + (" (again)" if each.replay else "")
+        since = f"{each.updated_at.astimezone():%Y-%m-%d %H:%M}"
+        columns = (each.state, each.destination, name, str(each.revision), str(each.attempts), since)
+        screen.print(f"[{_COLOURS.get(each.state, 'default')}]{escape(_row(each.delivery_id, *columns))}[/]")
+        if said := reason_of(each, healths) or each.receipt:
+            print_indented(f"[dim]{escape(said)}[/]", SHORT + 2, screen)
+
+
+def _row(identity: str, state: str, to: str, what: str, revision: str, tries: str, since: str) -> str:
+    what = what if len(what) <= 32 else f"{what[:31]}…"
+    return f"{identity[:SHORT]:<{SHORT}}  {state:<9}  {to:<4}  {what:<32}  {revision:>3}  {tries:>5}  {since:<16}"
 
 
 def _print_next(found: Sequence[Delivery], screen: Console) -> None:

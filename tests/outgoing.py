@@ -78,13 +78,13 @@ def states(systems: Systems, destination: str = "ris") -> dict[str, str]:
     return {d.job_id: d.state for d in systems.deliveries.search(destination=destination)}
 
 
-async def until(happened: Callable[[], bool], within_s: float = 120.0) -> None:
+async def until(happened: Callable[[], bool], within_s: float = 120.0, look_every_s: float = 0.05) -> None:
     """Return once it has happened."""
     loop = asyncio.get_running_loop()
     deadline = loop.time() + within_s
     while not happened():
         assert loop.time() < deadline, "it did not happen in time"
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(look_every_s)
 
 
 def all_in(systems: Systems, destination: str, *wanted: str) -> Callable[[], bool]:

@@ -8,8 +8,10 @@ from pathlib import Path
 from threading import Barrier
 
 import pytest
+from rich.console import Console
 
 from mappings.model.protocol import Outputs
+from middleware.delivery_desk import print_rows
 from middleware.release.health import note_answer, note_failure, note_wish
 from middleware.release.redelivering import (
     NotDeliverable,
@@ -434,3 +436,17 @@ def test_what_was_never_released_is_not_sent(desk: Desk, released: StudyJob) -> 
     released.facts = {}
     with pytest.raises(NotDeliverable, match="never released"):
         replay(desk, released, Replay())
+
+
+def test_the_list_fits_a_hundred_columns_and_tells_why_each_waits(
+    desk: Desk, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = "key-images/a-lesion-with-a-very-long-name-indeed-t2w.dcm"
+    desk.plan(delivery("a", job_id="a", artifact_name=name), now=NOW)
+    desk.plan(delivery("b", job_id="b"))
+    desk.bring_down("pacs", by="a")
+    print_rows(desk.deliveries.search(), desk.deliveries.healths(), Console(width=100))
+    told = capsys.readouterr().out
+    assert max(map(len, told.splitlines())) <= 100
+    assert "no connection" in told
+    assert "pacs is down since 2026-03-04 10:30:00 UTC (no connection)" in told
