@@ -1,6 +1,7 @@
 """Deliveries by the dozen through the real queues: plans them, lets the service's loop start them, waits for states."""
 
 import asyncio
+import json
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -49,6 +50,15 @@ def oru(job_id: str) -> bytes:
     control = derive_control_id(job_id, 1, "oru")
     header = f"MSH|^~\\&|WETREAD|A|RIS|B|20260304103000+0000||ORU^R01^ORU_R01|{control}|P|2.5.1"
     return f"{header}\rPID|1||X\rOBX|1|TX|||{job_id}\r".encode()
+
+
+def report(job_id: str) -> bytes:
+    """A transaction that stores one DiagnosticReport, once."""
+    identifier = {"system": "urn:test", "value": job_id}
+    resource = {"resourceType": "DiagnosticReport", "identifier": [identifier], "status": "preliminary"}
+    put = {"method": "PUT", "url": f"DiagnosticReport?identifier=urn:test|{job_id}"}
+    entry = {"resource": {**resource, "code": {"text": "test"}}, "request": put}
+    return json.dumps({"resourceType": "Bundle", "type": "transaction", "entry": [entry]}).encode()
 
 
 def send(systems: Systems, parcels: Sequence[Parcel]) -> None:

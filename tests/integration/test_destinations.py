@@ -4,7 +4,6 @@ What is asserted is what arrived, in which order and how often it was asked, nev
 """
 
 import asyncio
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from deploy.hospital.ehr import start_fallback
 from deploy.hospital.process import free_port
 from deploy.hospital.ris import Behaviour, RisServer
 from middleware.release.health import reason_of
-from tests.outgoing import Parcel, all_in, jobs_of, send, service, settings_of, states, until
+from tests.outgoing import Parcel, all_in, jobs_of, report, send, service, settings_of, states, until
 from tests.proxy import Proxy, open_proxy
 
 
@@ -30,15 +29,6 @@ def ehr(ehr_proxy: Proxy) -> Iterator[Proxy]:
     ehr_proxy.seen.clear()
     yield ehr_proxy
     ehr_proxy.judge = lambda method, path, body: None
-
-
-def report(job_id: str) -> bytes:
-    """A transaction that stores one DiagnosticReport, once."""
-    identifier = {"system": "urn:test", "value": job_id}
-    resource = {"resourceType": "DiagnosticReport", "identifier": [identifier], "status": "preliminary"}
-    put = {"method": "PUT", "url": f"DiagnosticReport?identifier=urn:test|{job_id}"}
-    entry = {"resource": {**resource, "code": {"text": "test"}}, "request": put}
-    return json.dumps({"resourceType": "Bundle", "type": "transaction", "entry": [entry]}).encode()
 
 
 def ris_at(port: int, **more: object) -> dict[str, object]:
