@@ -1,7 +1,7 @@
 """`make bench`: every benchmark, one after the other, in one table beside its rival and its budget (DESIGN.md).
 
-`python -m tests.bench [fetch triton seg oru mllp end-to-end destinations]` runs those named, all where none is. Exits 1 where a
-budget is broken.
+`python -m tests.bench [fetch triton seg oru mllp end-to-end destinations]` runs those named, all where none is. Exits 1
+where a budget is broken.
 """
 
 import argparse

@@ -34,8 +34,8 @@ DOWN_AFTER_1 = DestinationSettings(down_after=1, probe_every_s=30, longest_wait_
 class Desk:
     """Both stores on one database."""
 
-    def __init__(self, folder: Path) -> None:
-        engine = open_engine(f"sqlite:///{folder}/wetread.sqlite")
+    def __init__(self, url: str) -> None:
+        engine = open_engine(url)
         self.store, self.deliveries = Store(engine), DeliveryStore(engine)
 
     def plan(self, *planned: Delivery, now: datetime = NOW) -> None:
@@ -57,7 +57,7 @@ class Desk:
 
 @pytest.fixture
 def desk(tmp_path: Path) -> Desk:
-    return Desk(tmp_path)
+    return Desk(f"sqlite:///{tmp_path}/wetread.sqlite")
 
 
 def delivery(name: str = "d", *, job_id: str = "j", revision: int = 1, key: str = "", **more: object) -> Delivery:
