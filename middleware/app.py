@@ -10,10 +10,12 @@ from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 
 from middleware import telemetry
+from middleware.api import deliveries as deliveries_api
 from middleware.api import events, health, keys, subscriptions
 from middleware.api.limits import BodyLimit
 from middleware.api.refusals import refuse_invalid
 from middleware.bootstrap import READING_QUEUE, Overrides, open_systems, run_workflows
+from middleware.dispatching import look_after_deliveries
 from middleware.intake.inbox import accept_study, workflow_id
 from middleware.listening import listen_to_messages
 from middleware.settings import Settings
@@ -56,6 +58,7 @@ def create_app(settings: Settings) -> FastAPI:
                 listen_to_messages(systems) as hearing,
                 listen_to_ehr(systems, hearing) as app.state.ehr_notices,
                 watch_studies(systems, start_reading),
+                look_after_deliveries(systems),
             ):
                 yield
 
@@ -71,6 +74,9 @@ def create_app(settings: Settings) -> FastAPI:
     app.include_router(subscriptions.router)
     app.include_router(health.router)
     app.include_router(keys.router)
+    app.include_router(deliveries_api.router)
+    if settings.api.token is not None:  # whoever may change deliveries is known by it; without one, nobody may
+        app.include_router(deliveries_api.changing_router)
     return app
 
 
@@ -89,4 +95,5 @@ async def work(settings: Settings) -> None:
     async with open_systems(settings) as systems, run_workflows(systems):
         await sweep(systems)
         telemetry.log("working")
-        await asyncio.Event().wait()
+        async with look_after_deliveries(systems):
+            await asyncio.Event().wait()

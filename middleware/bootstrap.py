@@ -30,13 +30,16 @@ from mappings.model.protocol import Model, Tensor
 from mappings.outputs.dicom_header import load_dicom_tables
 from mappings.outputs.findings_to_draft import draft_environment
 from middleware import steps
+from middleware.delivering import queue_of
 from middleware.errors import SettingsError
 from middleware.intake.protocols import load_protocols
 from middleware.ports import Array, ContextSource, Inference
+from middleware.release.deliveries import DESTINATIONS
 from middleware.serialization import JsonSerializer
 from middleware.settings import FolderPacs, Settings
 from middleware.store.arrivals import ArrivalStore
 from middleware.store.artifacts import ArtifactStore
+from middleware.store.deliveries import DeliveryStore
 from middleware.store.ehr_events import EhrEventStore
 from middleware.store.hearing import HearingStore
 from middleware.store.queries import Store, open_engine
@@ -46,11 +49,13 @@ ROOT = Path(__file__).resolve().parents[1]
 MODELS = ROOT / "deploy" / "triton" / "models"
 TEMPLATES = ROOT / "templates" / "report"
 
-WORKFLOW_VERSION = "2"
+WORKFLOW_VERSION = "3"
 """Version of the order of steps in workflow.py. Pending work of another version is not picked up, so it changes
 only with that order, not with each release."""
 
 READING_QUEUE = "readings"
+POLLING_S = 0.1
+"""How often a queue is asked for work."""
 
 
 class _Model:
@@ -179,6 +184,7 @@ async def open_systems(settings: Settings, overrides: Overrides | None = None) -
             heard=HearingStore(engine, settings.site.issuers),
             arrivals=ArrivalStore(engine),
             ehr_events=EhrEventStore(engine),
+            deliveries=DeliveryStore(engine),
             artifacts=ArtifactStore(settings.artifacts_url or str(settings.data_dir.absolute() / "artifacts")),
             protocols=load_protocols(settings.protocols_dir),
             templates=draft_environment(jinja2.FileSystemLoader(TEMPLATES)),
@@ -227,6 +233,7 @@ async def run_workflows(systems: Systems, *, executor_id: str = "", listen: bool
     """
     settings = systems.settings
     _prepare_sqlite(settings.workflow_url)
+    systems.takes_from_queues = listen
     steps.use(systems)
     if listen:
         await asyncio.to_thread(_warm_up, systems)
@@ -245,14 +252,32 @@ async def run_workflows(systems: Systems, *, executor_id: str = "", listen: bool
     DBOS.launch()
     try:
         if listen:
-            await DBOS.register_queue_async(
-                READING_QUEUE, worker_concurrency=settings.concurrent_readings, polling_interval_sec=0.1
-            )
+            await _register_queues(settings)
         yield
     finally:
         DBOS.destroy()
         # DBOS made its own pool the loop's and has closed it; closing the connectors still needs one.
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor())
+
+
+async def _register_queues(settings: Settings) -> None:
+    """One queue for readings and one for each destination. What the settings say holds from now on, also where an
+    earlier process said otherwise."""
+    await DBOS.register_queue_async(
+        READING_QUEUE,
+        worker_concurrency=settings.concurrent_readings,
+        polling_interval_sec=POLLING_S,
+        on_conflict="always_update",
+    )
+    for destination in DESTINATIONS:
+        how = settings.deliver.to(destination)
+        await DBOS.register_queue_async(
+            queue_of(destination),
+            global_concurrency=how.concurrency,
+            limiter={"limit": how.per_minute, "period": 60.0} if how.per_minute else None,
+            polling_interval_sec=POLLING_S,
+            on_conflict="always_update",
+        )
 
 
 def _warm_up(systems: Systems) -> None:

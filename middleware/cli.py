@@ -9,6 +9,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
+from datetime import datetime
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
@@ -21,10 +22,20 @@ from rich.table import Table
 from sqlalchemy.exc import DBAPIError
 
 from middleware import app as service
-from middleware import checking, explaining, holding_desk, process, replaying, signing_keys, telemetry
+from middleware import (
+    checking,
+    delivery_desk,
+    explaining,
+    holding_desk,
+    process,
+    replaying,
+    signing_keys,
+    telemetry,
+)
 from middleware.errors import SettingsError
 from middleware.intake.holding import reject_study, release_study
 from middleware.intake.protocols import BUNDLED, load_protocol, load_protocols, replace_protocol
+from middleware.release.redelivering import Replay, Word
 from middleware.settings import Settings, load_settings
 
 cli = typer.Typer(
@@ -44,6 +55,25 @@ errors = Console(stderr=True, highlight=False)
 ConfigOption = Annotated[
     Path | None, typer.Option("--config", "-c", help="Settings file (default: WETREAD_CONFIG or wetread.yaml).")
 ]
+
+
+class DeliveryState(StrEnum):
+    """States of a delivery, as options name them."""
+
+    PENDING = "pending"
+    IN_FLIGHT = "in_flight"
+    RETRYING = "retrying"
+    DELIVERED = "delivered"
+    AMBIGUOUS = "ambiguous"
+    DEAD = "dead"
+
+
+class Destination(StrEnum):
+    """Destinations, as options name them."""
+
+    PACS = "pacs"
+    EHR = "ehr"
+    RIS = "ris"
 
 
 @cli.command("process")
@@ -106,6 +136,8 @@ def _show_result(result: process.Result, out: Path) -> None:
     for delivery in undelivered:
         what = f"{delivery.artifact_name} to {delivery.destination} is {delivery.state}"
         errors.print(f"[red]{what}:[/] {escape(delivery.reason)}", soft_wrap=True)
+    if any(d.state in ("pending", "retrying") for d in undelivered):
+        errors.print("What is pending or retrying is left to `wetread serve`; `wetread deliveries` shows where it is.")
 
 
 @cli.command()
@@ -184,6 +216,66 @@ def _user() -> str:
         return getpass.getuser()
     except (KeyError, OSError):  # a container whose user has no name
         raise SettingsError("the user who runs this command has no name here: say who decides with --person") from None
+
+
+deliveries_cli = typer.Typer(invoke_without_command=True, help="List deliveries, or show one of them.")
+cli.add_typer(deliveries_cli, name="deliveries")
+
+
+@deliveries_cli.callback()
+def deliveries(
+    context: typer.Context,
+    state: Annotated[DeliveryState | None, typer.Option(help="Only those in this state.")] = None,
+    destination: Annotated[Destination | None, typer.Option(help="Only those to this destination.")] = None,
+    study: Annotated[str, typer.Option(help="Only those of this study (UID) or job.")] = "",
+    config: ConfigOption = None,
+) -> None:
+    """List deliveries with their states, and the destinations that are down."""
+    if context.invoked_subcommand is None:
+        wanted = (str(state or ""), str(destination or ""), study)
+        delivery_desk.list_deliveries(load_settings(config), *wanted, screen)
+
+
+@deliveries_cli.command("show")
+def show_delivery(
+    delivery: Annotated[str, typer.Argument(help="The delivery's id, or its beginning.")],
+    save: Annotated[Path | None, typer.Option(help="Write the bytes that were or are to be sent to this file.")] = None,
+    config: ConfigOption = None,
+) -> None:
+    """Show everything about one delivery: reason, receipt, tries, decisions, and where its bytes are."""
+    delivery_desk.show_delivery(load_settings(config), delivery, save, screen)
+
+
+@cli.command()
+def retry(
+    deliveries: Annotated[list[str], typer.Argument(help="Ids of deliveries, or their beginnings.")],
+    reason: ReasonOption,
+    delivered: Annotated[
+        bool, typer.Option("--delivered", help="Do not send it: somebody found it at the destination.")
+    ] = False,
+    person: PersonOption = "",
+    config: ConfigOption = None,
+) -> None:
+    """Try deliveries again that are dead or ambiguous, or settle ambiguous ones as delivered."""
+    word = Word(person or getpass.getuser(), reason, datetime.now().astimezone())
+    delivery_desk.retry(load_settings(config), deliveries, word, screen, delivered=delivered)
+
+
+@cli.command()
+def replay(
+    study_uid: Annotated[str, typer.Argument(help="The study's StudyInstanceUID.")],
+    reason: ReasonOption,
+    destination: Annotated[Destination | None, typer.Option(help="Only to this destination.")] = None,
+    again: Annotated[
+        bool, typer.Option("--again", help="Also what was delivered; once for each reason, however often asked.")
+    ] = False,
+    person: PersonOption = "",
+    config: ConfigOption = None,
+) -> None:
+    """Send the released result of a study again, with the same bytes and ids: what is dead or was never sent."""
+    wish = Replay(str(destination or ""), again, key=reason)
+    word = Word(person or getpass.getuser(), reason, datetime.now().astimezone())
+    delivery_desk.replay(load_settings(config), study_uid, wish, word, screen)
 
 
 @cli.command()

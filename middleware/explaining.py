@@ -13,6 +13,7 @@ from middleware.intake.inbox import run_started_at
 from middleware.intake.orders import NUMBERS
 from middleware.intake.protocols import LoadedProtocol, load_protocols
 from middleware.kept import Kept, open_kept
+from middleware.release.health import reason_of
 from middleware.settings import Settings
 from middleware.showing import diff_lines, issue_lines, print_considered, print_indented, print_roles
 from middleware.store.artifacts import read_answer
@@ -125,9 +126,10 @@ def _print_deliveries(job: StudyJob, kept: Kept, screen: Console) -> None:
         screen.print("No delivery was planned.")
         return
     columns = ("to", "what", "rev", "state", "tries", "receipt or reason")
+    healths = kept.deliveries.healths()
     deliveries = Table(*columns, title="deliveries", title_justify="left")
     for each in planned:
-        said = escape(each.reason or each.receipt)
+        said = escape(reason_of(each, healths) or each.receipt)
         revision, tries = str(each.revision), str(each.attempts)
         deliveries.add_row(each.destination, each.artifact_name, revision, each.state, tries, said)
     screen.print(deliveries)

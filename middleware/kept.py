@@ -14,6 +14,7 @@ from mappings.model.study import Study
 from middleware.intake.deciding import Decided
 from middleware.settings import Settings
 from middleware.store.artifacts import ArtifactStore
+from middleware.store.deliveries import DeliveryStore
 from middleware.store.hearing import HearingStore
 from middleware.store.queries import Store, open_engine
 from middleware.store.tables import StudyJob
@@ -32,6 +33,7 @@ class Kept:
 
     store: Store
     heard: HearingStore
+    deliveries: DeliveryStore
     artifacts: ArtifactStore
 
     def study(self, job: StudyJob) -> Study | None:
@@ -79,6 +81,6 @@ def open_kept(settings: Settings) -> Iterator[Kept | None]:
     engine = open_engine(url)
     artifacts = ArtifactStore(settings.artifacts_url or str(settings.data_dir.absolute() / "artifacts"))
     try:
-        yield Kept(Store(engine), HearingStore(engine, settings.site.issuers), artifacts)
+        yield Kept(Store(engine), HearingStore(engine, settings.site.issuers), DeliveryStore(engine), artifacts)
     finally:
         engine.dispose()

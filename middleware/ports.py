@@ -78,6 +78,14 @@ class StoreOutcome(Protocol):
         """Why not."""
 
     @property
+    def code(self) -> int | None:
+        """The failure or warning reason (PS3.18 Annex I.2); None where the PACS gave none."""
+
+    @property
+    def warning(self) -> str:
+        """What the PACS did to an instance that it stored, such as coercion."""
+
+    @property
     def retryable(self) -> bool:
         """Whether trying again may help."""
 
@@ -92,6 +100,11 @@ class ImageArchive(ImageSource, Protocol):
         self, study_uid: str, filters: Mapping[str, str] | None = None, *, include: Sequence[str] = ()
     ) -> list[dict[str, Any]]:
         """Series of one study, as DICOM JSON (QIDO-RS)."""
+
+    async def search_instances(
+        self, study_uid: str, filters: Mapping[str, str] | None = None, *, include: Sequence[str] = ()
+    ) -> list[dict[str, Any]]:
+        """Instances of one study, as DICOM JSON (QIDO-RS)."""
 
     async def retrieve_metadata(self, study_uid: str, series_uid: str) -> list[dict[str, Any]]:
         """The headers of a series' instances, as DICOM JSON (WADO-RS)."""

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -16,11 +17,13 @@ from dbos import DBOS, SetWorkflowID
 from pydicom.uid import UID
 
 from middleware.bootstrap import BundleContext, Overrides, open_folder, open_systems, prepare_data_dir, run_workflows
+from middleware.dispatching import deliver_now
 from middleware.errors import SettingsError, Stopped
 from middleware.intake.images import shorten_list
 from middleware.intake.inbox import accept_study, workflow_id
 from middleware.ports import StudyFolder
-from middleware.settings import RetrySettings, Settings
+from middleware.release.deliveries import DESTINATIONS
+from middleware.settings import DeliverSettings, RetrySettings, Settings
 from middleware.store.tables import Delivery, StudyJob
 from middleware.systems import Systems
 from middleware.trace import build_trace
@@ -50,6 +53,8 @@ RESULT_FILES = (
 )
 IMPATIENT = RetrySettings(attempts=3, first_wait_s=0.5, longest_wait_s=5.0)
 """A person is waiting: systems that are down are named within seconds."""
+PATIENCE = timedelta(seconds=3)
+"""So long a command keeps trying destinations that do not answer; then they are left to the service."""
 
 
 @dataclass(frozen=True)
@@ -99,7 +104,8 @@ async def process_study(settings: Settings, request: Request) -> Result:
 def _state(settings: Settings) -> Iterator[Settings]:
     """Where this run remembers: the site's data_dir when results go somewhere (so that the same study read twice
     is delivered once), else a folder that goes away."""
-    settings = settings.model_copy(update={"retry": _shorter(settings.retry)})
+    shorter = {"retry": _shorter(settings.retry), "deliver": _hurried(settings.deliver)}
+    settings = settings.model_copy(update=shorter)
     if settings.pacs or settings.ehr or settings.ris:
         prepare_data_dir(settings)
         with (settings.data_dir / "process.lock").open("w") as lock:
@@ -115,6 +121,13 @@ def _state(settings: Settings) -> Iterator[Settings]:
 
 def _shorter(retry: RetrySettings) -> RetrySettings:
     return IMPATIENT if retry.attempts > IMPATIENT.attempts else retry
+
+
+def _hurried(deliver: DeliverSettings) -> DeliverSettings:
+    """Deliveries as a person waits for them, with short waits. That one command was in vain does not make a
+    destination down for everybody."""
+    hurried = {"first_wait_s": 0.5, "longest_wait_s": 1.0, "down_after": 1_000_000}
+    return deliver.model_copy(update={d: deliver.to(d).model_copy(update=hurried) for d in DESTINATIONS})
 
 
 async def _resolve(settings: Settings, request: Request) -> tuple[str, Overrides]:
@@ -189,10 +202,8 @@ async def _read(systems: Systems, study_uid: str, protocol: str) -> StudyJob:
             handle = await DBOS.start_workflow_async(read_study, job.job_id, study_uid, protocol)
         state = await handle.get_result(polling_interval_sec=0.05)
         job = systems.store.job(job.job_id)
-    sent = _deliveries_of(systems, systems.store.job(job.job_id)) if state == "released" else ()
-    for destination in dict.fromkeys(d.destination for d in sent if d.destination in systems.configured()):
-        delivering: Any = await DBOS.retrieve_workflow_async(f"{workflow_id(job)}/{destination}")
-        await delivering.get_result(polling_interval_sec=0.05)
+    if state == "released":
+        await deliver_now(systems, job.job_id, job.revision, PATIENCE)
     return systems.store.job(job.job_id)
 
 

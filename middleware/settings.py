@@ -215,10 +215,13 @@ class ApiSettings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
     host: str = "127.0.0.1"
     port: int = Field(default=8040, ge=0, le=65535)
+    token: SecretStr | None = Field(
+        default=None, description="Bearer token of requests that change deliveries; not set: those are not offered."
+    )
 
 
 class RetrySettings(BaseModel):
-    """How long Wetread keeps trying a system that may come back: waits grow from first to longest."""
+    """How long a reading keeps trying a system that may come back: waits grow from first to longest."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
     attempts: int = Field(default=12, ge=1, le=1000)
@@ -227,8 +230,67 @@ class RetrySettings(BaseModel):
 
     def wait_s(self, attempt: int, asked_s: float | None = None) -> float:
         """Seconds to wait after attempt number `attempt` (from 1): doubled each time, at least what the peer asked."""
-        grown_s = self.first_wait_s * 2.0 ** min(attempt - 1, 30)
-        return max(min(grown_s, self.longest_wait_s), asked_s or 0.0)
+        return _grown_s(self.first_wait_s, attempt, self.longest_wait_s, asked_s)
+
+
+class DestinationSettings(BaseModel):
+    """How results go to one destination: how many at a time, how fast, how long, and what happens while it is down."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    concurrency: int = Field(default=2, ge=1, description="Results under way at one time, over all workers.")
+    per_minute: int = Field(default=0, ge=0, description="Results started in a minute at most; 0: no limit.")
+    first_wait_s: float = Field(default=1.0, gt=0, description="Wait after the first try; then twice as long each.")
+    longest_wait_s: float = Field(default=300.0, gt=0, description="No wait grows beyond this, unless asked for.")
+    give_up_after_s: float = Field(
+        default=259200.0, ge=0, description="A delivery that was tried in vain for so long is dead (3 days)."
+    )
+    down_after: int = Field(default=3, ge=1, description="Failures in a row after which it counts as down.")
+    probe_every_s: float = Field(default=30.0, gt=0, description="How often it is probed while it is down.")
+    wait_for_ambiguous: bool = Field(
+        default=False, description="Later results of an accession wait until a person settled an ambiguous one."
+    )
+
+    def wait_s(self, attempt: int, asked_s: float | None = None) -> float:
+        """Seconds to wait after attempt number `attempt` (from 1): doubled each time, at least what the peer asked."""
+        return _grown_s(self.first_wait_s, attempt, self.longest_wait_s, asked_s)
+
+    def probe_wait_s(self, failures: int) -> float:
+        """Seconds to the next probe after so many failures in a row: a destination that answers the probe and not
+        what is sent to it is tried more and more seldom."""
+        longest_s = max(self.longest_wait_s, self.probe_every_s)
+        return _grown_s(self.probe_every_s, failures - self.down_after + 1, longest_s)
+
+
+class PacsDeliverySettings(DestinationSettings):
+    """Results to the PACS, which must show by QIDO-RS what it says that it stored."""
+
+    confirm_within_s: float = Field(
+        default=600.0, ge=0, description="What QIDO-RS does not show so long after it was stored is ambiguous."
+    )
+
+
+class RisDeliverySettings(DestinationSettings):
+    """Results to the RIS: one outstanding message unless told otherwise."""
+
+    concurrency: int = Field(default=1, ge=1, description="Results under way at one time, over all workers.")
+
+
+class DeliverSettings(BaseModel):
+    """How results go out, destination by destination."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    pacs: PacsDeliverySettings = PacsDeliverySettings()
+    ehr: DestinationSettings = DestinationSettings()
+    ris: RisDeliverySettings = RisDeliverySettings()
+
+    def to(self, destination: str) -> DestinationSettings:
+        """The settings of one destination."""
+        found: DestinationSettings = getattr(self, destination)
+        return found
+
+
+def _grown_s(first_s: float, attempt: int, longest_s: float, asked_s: float | None = None) -> float:
+    return max(min(first_s * 2.0 ** min(max(attempt - 1, 0), 30), longest_s), asked_s or 0.0)
 
 
 class Settings(BaseSettings):
@@ -249,6 +311,7 @@ class Settings(BaseSettings):
     site: SiteSettings = SiteSettings()
     api: ApiSettings = ApiSettings()
     retry: RetrySettings = RetrySettings()
+    deliver: DeliverSettings = DeliverSettings()
     pacs: PacsSettings | None = None
     ehr: EhrSettings | None = None
     ehr_events: EhrEventSettings | None = Field(default=None, description="None: nothing is heard from the EHR.")

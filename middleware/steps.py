@@ -38,7 +38,7 @@ from middleware.intake.identity import digest_identity, find_disagreements, find
 from middleware.intake.images import RoleImages, load_roles, read_study
 from middleware.intake.inbox import FIRST_LATE_LOOK, next_try_at, run_started_at, workflow_id
 from middleware.intake.priors import find_in_ehr, find_in_pacs, find_own, join_priors, load_findings
-from middleware.release.deliveries import plan_deliveries
+from middleware.release.deliveries import PRIORITIES, ROUTINE, Errand, plan_deliveries
 from middleware.release.rendering import Addresses, render_all
 from middleware.release.validation import find_faults
 from middleware.store.issuers import Issuers
@@ -91,6 +91,14 @@ class Answered(TypedDict):
 
 WAITS_FOR_MESSAGES = 60
 """Seconds that a release waits for messages to be applied."""
+
+
+class Planned(TypedDict):
+    """Where a result goes, and how urgent that is (1 first)."""
+
+    destinations: list[str]
+    priority: int
+
 
 _STUDY = TypeAdapter(Study)
 _ROLES = TypeAdapter(tuple[RoleChoice, ...])
@@ -579,23 +587,25 @@ async def validate(job_id: str, findings: str, answered: Answered) -> None:
 
 
 @DBOS.step()
-async def plan_release(job_id: str, route: Route, findings: str) -> list[str]:
-    """Write down what goes where; the destinations. From here on the result is released."""
+async def plan_release(job_id: str, route: Route, findings: str) -> Planned:
+    """Write down what goes where, and how urgently. From here on the result is released."""
     async with _run("release", job_id) as watch:
         protocol = systems().protocols[route["protocol"]].protocol
-        await _check_identity_again(job_id, _load(_STUDY, route["study"]))
+        study = _load(_STUDY, route["study"])
+        context = await _check_identity_again(job_id, study)
         store, now = systems().store, systems().now()
         revision = _load(_FINDINGS, findings).revision
-        planned = plan_deliveries(
-            job_id, revision, protocol.outputs, systems().configured(), store.artifacts(job_id, revision), now
-        )
+        urgency = PRIORITIES.get(context.order.priority, ROUTINE) if context.order else ROUTINE
+        errand = Errand(job_id, revision, study.accession_number or job_id, urgency)
+        artifacts = store.artifacts(job_id, revision)
+        planned = plan_deliveries(errand, protocol.outputs, systems().configured(), artifacts, now)
         store.plan_deliveries(job_id, revision, planned, now)
         store.update_job(job_id, now, revision=revision, facts={"findings": findings})
         destinations = list(dict.fromkeys(d.destination for d in planned))
         watch.detail = (
             f"{len(planned)} deliveries to {', '.join(destinations) or 'nowhere (no destination configured)'}"
         )
-        return destinations
+        return Planned(destinations=destinations, priority=urgency)
 
 
 async def _apply_what_came() -> None:
@@ -608,9 +618,9 @@ async def _apply_what_came() -> None:
     raise Stopped("failed", ("messages that came before this result could be released are not applied yet",))
 
 
-async def _check_identity_again(job_id: str, study: Study) -> None:
-    """Stop (held) where something was told about patient or order while the study was being read: a merge, a
-    cancellation. An EHR that does not answer just now was asked before; it does not stop the other destinations."""
+async def _check_identity_again(job_id: str, study: Study) -> ClinicalContext:
+    """The context as it is now; stop (held) where something was told about patient or order while the study was being
+    read: a merge, a cancellation. An EHR that does not answer just now was asked before; it stops no destination."""
     here = systems()
     await _apply_what_came()
     job = here.store.job(job_id)
@@ -623,6 +633,7 @@ async def _check_identity_again(job_id: str, study: Study) -> None:
     told = (job.facts.get("released_despite") or {"reasons": ()})["reasons"]
     # What the draft does not say is held even where a person has accepted it: read anew, the draft says it.
     _hold_unless_accepted(job_id, study, context, disagreements, is_told=set(disagreements) <= set(told))
+    return context
 
 
 def _next_look(state: str, failing_since: str, now: datetime) -> datetime | None:

@@ -20,6 +20,7 @@ STEP_SECONDS = Histogram("wetread_step_seconds", "Duration of a step of read_stu
 EVENTS = Counter("wetread_events_total", "Study events accepted", ["source", "outcome"])
 JOBS = Counter("wetread_jobs_total", "Readings ended, by state", ["state"])
 DELIVERIES = Counter("wetread_deliveries_total", "Delivery attempts ended, by state", ["destination", "state"])
+DOWN = Gauge("wetread_destination_down", "1 while a destination does not answer", ["destination"])
 IN_PROGRESS = Gauge("wetread_steps_in_progress", "Steps running now", ["step"])
 
 _logger = logging.getLogger("wetread")

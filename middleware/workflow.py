@@ -13,7 +13,7 @@ from middleware.errors import Stopped
 @DBOS.workflow()
 async def read_study(job_id: str, study_uid: str, wanted_protocol: str = "") -> str:
     """Read one study and release the result to every destination; the state in which the reading ended."""
-    destinations: list[str] = []
+    planned = steps.Planned(destinations=[], priority=0)
     ended: str = "released"
     reasons: tuple[str, ...] = ()
     try:
@@ -27,16 +27,16 @@ async def read_study(job_id: str, study_uid: str, wanted_protocol: str = "") -> 
         findings = await steps.derive_findings(job_id, images, route, context, priors, answered)
         await steps.render(job_id, images, route, answered, findings)
         await steps.validate(job_id, findings, answered)
-        destinations = await steps.plan_release(job_id, route, findings)
+        planned = await steps.plan_release(job_id, route, findings)
     except Stopped as stop:
         ended, reasons = stop.state, stop.reasons
     except error.DBOSException:
         raise
     except Exception as fault:
         ended, reasons = "failed", (steps.describe_fault(fault),)
-    for destination in destinations:
+    for destination in planned["destinations"]:
         with SetWorkflowID(f"{DBOS.workflow_id}/{destination}"):
-            await DBOS.start_workflow_async(deliver, job_id, destination)
+            await delivering.start(deliver, job_id, destination, planned["priority"])
     next_run = await steps.conclude(job_id, DBOS.workflow_id or "", ended, list(reasons))
     if next_run:  # something happened to the study while it was being read
         with SetWorkflowID(next_run):
@@ -46,11 +46,7 @@ async def read_study(job_id: str, study_uid: str, wanted_protocol: str = "") -> 
 
 @DBOS.workflow()
 async def deliver(job_id: str, destination: str) -> None:
-    """Bring a job's artifacts to one destination, in order; no other destination waits for it or repeats."""
+    """Bring a job's artifacts to one destination, in order, as far as it takes them now. What must wait is due again
+    later (dispatching.py); no other destination waits for it or repeats."""
     for delivery_id in await delivering.list_deliveries(job_id, destination):
-        attempt = 1
-        attempted = await delivering.attempt_delivery(delivery_id, attempt)
-        while attempted["state"] == "retrying":
-            await DBOS.sleep_async(attempted["wait_s"])
-            attempt += 1
-            attempted = await delivering.attempt_delivery(delivery_id, attempt)
+        await delivering.attempt_delivery(delivery_id)

@@ -43,6 +43,7 @@ class Watching:
             "pacs_watch": {"interval_s": 0.3, "look_back_every_s": 2.0, "look_back_days": 20000},
             "completeness": quick,
             "retry": {"attempts": 5, "first_wait_s": 0.1, "longest_wait_s": 0.5},
+            "deliver": {to: {"first_wait_s": 0.1, "longest_wait_s": 0.5} for to in ("pacs", "ehr", "ris")},
         }
         self.service = Service(folder, {**given, **settings})
 

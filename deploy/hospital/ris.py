@@ -42,6 +42,7 @@ class Behaviour(StrEnum):
     CLOSE = "close"
     WRONG_ID = "wrong-id"
     SPLIT = "split"
+    TWICE = "twice"
     GARBAGE = "garbage"
 
 
@@ -202,6 +203,7 @@ async def _answer(writer: asyncio.StreamWriter, message: Received, behaviour: Be
         writer.close()
         return
     frame = START_BLOCK + _acknowledgement(message, behaviour).encode() + END_BLOCK
+    frame = frame * 2 if behaviour is Behaviour.TWICE else frame
     pieces = [frame[i : i + 1] for i in range(len(frame))] if behaviour is Behaviour.SPLIT else [frame]
     for piece in pieces:
         writer.write(piece)

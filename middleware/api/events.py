@@ -102,26 +102,6 @@ def get_jobs_of_study(study_uid: StudyUid, request: Request) -> list[JobOut]:
     return [show_job(job) for job in request.app.state.systems.store.jobs_of_study(study_uid)]
 
 
-class DeliveryOut(BaseModel):
-    """Where one artifact stands at one destination."""
-
-    delivery_id: str
-    destination: str
-    artifact_name: str
-    state: str
-    attempts: int
-    receipt: str
-    reason: str
-    updated_at: datetime
-
-
-@router.get("/jobs/{job_id}/deliveries")
-def get_deliveries(job_id: JobId, request: Request) -> list[DeliveryOut]:
-    """Where each artifact of a job is now."""
-    rows = request.app.state.systems.store.deliveries(job_id=job_id)
-    return [DeliveryOut.model_validate(row, from_attributes=True) for row in rows]
-
-
 DeliveryId = Annotated[str, Path(pattern=r"^[ -~]{1,64}$")]
 
 

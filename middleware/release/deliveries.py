@@ -6,14 +6,14 @@ a delivery `delivered`; "sent, no answer" is `ambiguous` unless the destination 
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
 from connectors.errors import Ambiguous, Permanent, Retryable
 from mappings.model.ids import derive_control_id, derive_uuid
 from mappings.model.protocol import Outputs
-from middleware.ports import Ehr, ImageArchive, Ris
+from middleware.ports import Ehr, Ris
 from middleware.store.tables import ArtifactRecord, Delivery
 
 DESTINATIONS = ("pacs", "ehr", "ris")
@@ -22,8 +22,9 @@ DESTINATIONS = ("pacs", "ehr", "ris")
 @dataclass(frozen=True)
 class Outcome:
     """How one attempt ended: the delivery's next state, the destination's answer, or why it is not delivered.
-    `retry_after_s` is the destination's own wish; `uncertain` says that the destination may have acted; `answer` is
-    what it said in its own words, where that explains the outcome. It may hold patient data."""
+    `retry_after_s` is the destination's own wish; `uncertain` says that the destination may have acted; `answered`
+    whether it answered at all (None: the attempt says nothing of it); `answer` is what it said in its own words, where
+    that explains the outcome. It may hold patient data."""
 
     state: str
     receipt: str = ""
@@ -31,11 +32,35 @@ class Outcome:
     retry_after_s: float | None = None
     uncertain: bool = False
     answer: bytes = b""
+    answered: bool | None = True
+
+
+def not_now(error: Retryable | Ambiguous, state: str = "retrying", *, uncertain: bool = False) -> Outcome:
+    """The outcome of an attempt that the destination did not answer, or answered with "not now"."""
+    wait_s = getattr(error, "retry_after_s", None)
+    return Outcome(
+        state, reason=str(error), retry_after_s=wait_s, uncertain=uncertain, answered=False, answer=error.answer
+    )
+
+
+PRIORITIES = {"stat": 1, "asap": 2, "urgent": 3}
+"""FHIR request-priority to what a queue takes first; routine and unknown come last."""
+ROUTINE = 4
+
+
+@dataclass(frozen=True)
+class Errand:
+    """Whose results go out: the job's revision, what they are ordered by at a destination (the accession number; the
+    job where images state none), and how urgent they are (1 first)."""
+
+    job_id: str
+    revision: int
+    order_key: str
+    priority: int = ROUTINE
 
 
 def plan_deliveries(
-    job_id: str,
-    revision: int,
+    errand: Errand,
     outputs: Outputs,
     configured: Sequence[str],
     artifacts: Sequence[ArtifactRecord],
@@ -48,14 +73,16 @@ def plan_deliveries(
         for position, artifact in enumerate(a for a in artifacts if a.kind in kinds):
             planned.append(
                 Delivery(
-                    delivery_id=str(derive_uuid(job_id, revision, destination, artifact.name)),
-                    job_id=job_id,
-                    revision=revision,
+                    delivery_id=str(derive_uuid(errand.job_id, errand.revision, destination, artifact.name)),
+                    job_id=errand.job_id,
+                    revision=errand.revision,
                     destination=destination,
                     artifact_name=artifact.name,
                     kind=artifact.kind,
                     digest=artifact.digest,
                     position=position,
+                    order_key=errand.order_key,
+                    priority=errand.priority,
                     created_at=now,
                     updated_at=now,
                 )
@@ -63,26 +90,12 @@ def plan_deliveries(
     return planned
 
 
-async def send_to_pacs(pacs: ImageArchive, data: bytes, study_uid: str) -> Outcome:
-    """STOW one instance. Sending it again is harmless: it keeps its SOP Instance UID."""
-    try:
-        outcome = (await pacs.store([data], study_uid))[0]
-    except (Retryable, Ambiguous) as error:
-        return Outcome("retrying", reason=str(error), retry_after_s=getattr(error, "retry_after_s", None))
-    except Permanent as error:
-        return Outcome("dead", reason=str(error))
-    if outcome.stored:
-        return Outcome("delivered", receipt=f"stored {outcome.sop_instance_uid}")
-    return Outcome("retrying" if outcome.retryable else "dead", reason=f"refused by the PACS: {outcome.reason}")
-
-
 async def send_to_ehr(ehr: Ehr, data: bytes) -> Outcome:
     """Run the transaction. Sending it again is harmless: every entry is conditional on a derived identifier."""
     try:
         answer = await ehr.transaction(json.loads(data))
     except (Retryable, Ambiguous) as error:
-        wait_s = getattr(error, "retry_after_s", None)
-        return Outcome("retrying", reason=str(error), retry_after_s=wait_s, answer=error.answer)
+        return not_now(error)
     except Permanent as error:
         return Outcome("dead", reason=str(error), answer=error.answer)
     entries = [entry.get("response", {}) for entry in answer.get("entry", [])]
@@ -105,13 +118,13 @@ async def send_to_ris(ris: Ris, data: bytes, control_id: str, *, duplicate_safe:
     """
     if resent and not duplicate_safe:
         reason = "the process ended while this was being sent; look in the RIS whether it arrived, then retry or close"
-        return Outcome("ambiguous", reason=reason)
+        return Outcome("ambiguous", reason=reason, answered=None)
     try:
         answer = await ris.send(data, control_id)
     except Retryable as error:
-        return Outcome("retrying", reason=str(error), retry_after_s=error.retry_after_s)
+        return not_now(error)
     except Ambiguous as error:
-        return Outcome("retrying" if duplicate_safe else "ambiguous", reason=str(error), uncertain=True)
+        return not_now(error, "retrying" if duplicate_safe else "ambiguous", uncertain=True)
     except Permanent as error:
         return Outcome("dead", reason=str(error))
     return Outcome("delivered", receipt=f"{answer.code} for {control_id}")
@@ -123,6 +136,6 @@ def oru_control_id(delivery: Delivery) -> str:
 
 
 def give_up(outcome: Outcome, attempts: int) -> Outcome:
-    """What a delivery becomes when the last attempt has failed too: dead, or ambiguous if it may have arrived."""
-    reason = f"given up after {attempts} attempts: {outcome.reason}"
-    return Outcome("ambiguous" if outcome.uncertain else "dead", reason=reason, answer=outcome.answer)
+    """What a delivery becomes when it was tried in vain for too long: dead, or ambiguous if it may have arrived."""
+    state = "ambiguous" if outcome.uncertain else "dead"
+    return replace(outcome, state=state, reason=f"given up after {attempts} attempts: {outcome.reason}")

@@ -13,9 +13,11 @@ from middleware.store.tables import ArtifactRecord, Decision, Delivery, Delivery
 
 MAY_CHANGE = frozenset({"held", "unmatched"})
 """States of a job that what an order or the EHR says may change: whose study it is, and what rules look at."""
-OPEN_DELIVERY_STATES = ("pending", "in_flight", "retrying")
 REJECTED = "nothing: a person rejected this study"
 """The note of an event that reads nothing for that."""
+SUPERSEDED_STATES = ("pending", "retrying")
+"""Deliveries in these states go no more once there is a newer revision. What is being sent at that moment is told by
+its own end, since it may arrive."""
 
 
 def open_engine(url: str) -> Engine:
@@ -256,15 +258,17 @@ class Store:
         chance, and what is still on its way of an earlier revision is dead, since a newer result goes instead."""
         with self._changing() as session:
             for delivery in deliveries:
-                known = session.get(Delivery, delivery.delivery_id)
+                known = session.get(Delivery, delivery.delivery_id, with_for_update=True)
                 if known is None:
                     session.add(delivery)
                 elif known.state == "dead":
                     known.state, known.reason, known.updated_at = "pending", "", now
+                    known.tried_since, known.due_at = None, None
             older = select(Delivery).where(Delivery.job_id == job_id, col(Delivery.revision) < revision)
-            for delivery in session.exec(older.where(col(Delivery.state).in_(OPEN_DELIVERY_STATES))):
+            older = older.where(col(Delivery.state).in_(SUPERSEDED_STATES)).with_for_update()
+            for delivery in session.exec(older.order_by(col(Delivery.created_at), col(Delivery.delivery_id))):
                 delivery.state, delivery.reason = "dead", f"superseded by revision {revision}"
-                delivery.updated_at = now
+                delivery.due_at, delivery.updated_at = None, now
 
     def delivery(self, delivery_id: str) -> Delivery:
         """The delivery; LookupError if there is none."""
@@ -284,21 +288,6 @@ class Store:
                 query = query.where(Delivery.state == state)
             order = (col(Delivery.created_at), col(Delivery.destination), col(Delivery.position))
             return list(session.exec(query.order_by(*order)))
-
-    def mark_delivery(
-        self, delivery_id: str, now: datetime, state: str, *, receipt: str = "", reason: str = "", attempt: bool = False
-    ) -> Delivery:
-        """Move a delivery to `state`; `attempt` counts a new try. What was delivered stays delivered."""
-        with self._changing() as session:
-            delivery = session.get(Delivery, delivery_id, with_for_update=True)
-            if delivery is None:
-                raise LookupError(f"no delivery {delivery_id}")
-            if delivery.state != "delivered":
-                delivery.state, delivery.receipt, delivery.reason = state, receipt, reason
-                delivery.attempts += 1 if attempt else 0
-                delivery.updated_at = now
-                session.add(delivery)
-            return delivery
 
     def keep_answer(self, answer: DeliveryAnswer) -> None:
         """Remember what the destination answered to an attempt; of the same attempt the last answer counts."""

@@ -112,7 +112,13 @@ class ArtifactRecord(SQLModel, table=True):
 
 class Delivery(SQLModel, table=True):
     """One artifact on its way to one destination. `state` is one of pending, in_flight, delivered, retrying,
-    ambiguous, dead; `receipt` is what the destination answered, `reason` why it is not delivered."""
+    ambiguous, dead; `receipt` is what the destination answered, `reason` why it is not delivered.
+
+    Deliveries of one `order_key` (the accession number; the job where images state none) reach a destination in the
+    order in which they were planned. `due_at` is when the service takes it up by itself; None where a workflow has it
+    (`claimed_by` names the one that sends) or nothing is to be done. `tried_since` starts the clock of giving up;
+    `replay` says why what was delivered once goes again.
+    """
 
     __tablename__ = "delivery"
     delivery_id: str = Field(primary_key=True)
@@ -123,10 +129,16 @@ class Delivery(SQLModel, table=True):
     kind: str
     digest: str
     position: int
+    order_key: str = Field(default="", index=True)
+    priority: int = 4
     state: str = Field(default="pending", index=True)
     attempts: int = 0
     receipt: str = ""
     reason: str = ""
+    replay: str = ""
+    claimed_by: str = ""
+    tried_since: datetime | None = time_field(nullable=True)
+    due_at: datetime | None = time_field(nullable=True, index=True)
     created_at: datetime = time_field()
     updated_at: datetime = time_field()
 
@@ -140,6 +152,21 @@ class DeliveryAnswer(SQLModel, table=True):
     attempt: int = Field(primary_key=True)
     digest: str
     received_at: datetime = time_field()
+
+
+class DestinationHealth(SQLModel, table=True):
+    """Whether a destination answers, as all workers found it. `down_since` is set after so many `failures` in a row;
+    then it is only probed (next at `probe_at`), and once it answers, the delivery named by `trial` goes alone. Until
+    `hold_until` it has asked to be left alone."""
+
+    __tablename__ = "destination_health"
+    destination: str = Field(primary_key=True)
+    failures: int = 0
+    reason: str = ""
+    down_since: datetime | None = time_field(nullable=True)
+    probe_at: datetime | None = time_field(nullable=True)
+    trial: str = ""
+    hold_until: datetime | None = time_field(nullable=True)
 
 
 class StepRun(SQLModel, table=True):

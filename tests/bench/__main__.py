@@ -1,7 +1,7 @@
 """`make bench`: every benchmark, one after the other, in one table beside its rival and its budget (DESIGN.md).
 
-`python -m tests.bench [fetch triton seg oru mllp end-to-end]` runs those named, all where none is. Exits 1 where a
-budget is broken.
+`python -m tests.bench [fetch triton seg oru mllp end-to-end destinations]` runs those named, all where none is. Exits 1
+where a budget is broken.
 """
 
 import argparse
@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from tests.bench import bench_fetch
+from tests.bench.bench_destinations import bench_destinations
 from tests.bench.bench_end_to_end import bench_end_to_end
 from tests.bench.bench_mllp import bench_mllp
 from tests.bench.bench_oru import bench_oru
@@ -70,6 +71,7 @@ BENCHES: Mapping[str, Callable[[], list[Row]]] = {
     "oru": lambda: [bench_oru()],
     "mllp": bench_mllp,
     "end-to-end": bench_end_to_end,
+    "destinations": bench_destinations,
 }
 
 

@@ -122,4 +122,5 @@ def settings_for(orthanc: RunningOrthanc, ehr: RunningEhr, ris: RunningRis, trit
         "ris": {"host": ris.host, "port": ris.port, "duplicate_safe": True, **ris_more},
         "triton": {"url": triton},
         "retry": {"attempts": 5, "first_wait_s": 0.1, "longest_wait_s": 0.5},
+        "deliver": {to: {"first_wait_s": 0.1, "longest_wait_s": 0.5} for to in ("pacs", "ehr", "ris")},
     }

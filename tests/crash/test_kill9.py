@@ -84,6 +84,28 @@ def test_killed_once(point: str, line: Line) -> None:
     assert line.faults(fresh) == []
 
 
+@pytest.mark.parametrize(
+    "point",
+    [
+        "ris-marked-retrying.before",
+        "ris-marked-retrying.after",
+        "start-delivering.before:4",
+        "start-delivering.after:4",
+        "handed-over.after",
+        "ris-marked-in_flight.before:2",
+        "ris-marked-in_flight.after:2",
+    ],
+)
+def test_killed_while_a_delivery_is_tried_again(point: str, line: Line) -> None:
+    """The RIS hangs up once: between the two tries nothing but the store knows of the delivery."""
+    fresh = line.bring(f"again-{point}")
+    line.ris.behave(Behaviour.CLOSE, times=1)
+    kill_at(line, point, fresh)
+    assert line.faults(fresh) == []
+    mine = [m for m in line.ris.received() if fresh.study_uid in m.text]
+    assert len({m.text for m in mine}) == 1
+
+
 def test_an_event_during_a_reading_that_is_killed_as_it_ends(line: Line) -> None:
     """The second event asks for another reading; it is not forgotten, and the same findings are sent once."""
     fresh = line.bring("again")

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -12,11 +13,13 @@ import pytest
 from deploy.hospital.ehr import start_fallback
 from deploy.hospital.pacs import RunningOrthanc
 from deploy.hospital.process import free_port
+from deploy.hospital.ris import Behaviour
 from deploy.hospital.ris_process import start_ris
 from tests.commands import environment, run_wetread, zygote
 from tests.crash.line import Line, settings_for
 from tests.crash.small_study import SmallStudy
 from tests.serving import Service
+from tests.unit.test_delivery_store import NOW, Desk, at_once, delivery
 
 SIGKILLED = -9
 
@@ -110,6 +113,28 @@ def test_a_second_worker_takes_readings_too(line: Line, tmp_path: Path) -> None:
     finally:
         os.kill(worker, 15)
         assert zygote().wait(worker, 30) == 0, log.read_text()[-2000:]
+
+
+def test_a_delivery_that_failed_is_tried_again(line: Line) -> None:
+    fresh = line.bring("tried-again")
+    line.ris.behave(Behaviour.CLOSE, times=1)
+    line.service.announce(fresh.study_uid)
+    assert line.faults(fresh) == []
+    assert len([m for m in line.ris.received() if fresh.study_uid in m.text]) == 2
+
+
+def test_of_many_claims_at_once_the_first_of_its_accession_goes(line: Line, database_url: str) -> None:
+    """Rows of a destination that no service knows, so that only this test claims them."""
+    desk = Desk(database_url.replace("postgresql://", "postgresql+psycopg://"))
+    names = [f"pg{n}" for n in range(6)]
+    for n, name in enumerate(names):
+        at = NOW + timedelta(seconds=n)
+        desk.plan(delivery(name, job_id=name, key="ACC", destination="test", created_at=at))
+    for n, name in enumerate(names):
+        allowed = at_once(6, lambda m: desk.claim(names[m], f"w{m}"))
+        assert allowed == [m == n for m in range(6)]
+        desk.deliveries.settle(name, NOW, "delivered")
+    desk.store.close()
 
 
 @pytest.mark.parametrize("path", ["/jobs/%00", "/jobs/a%00b/deliveries", "/studies/1.2%00/jobs"])

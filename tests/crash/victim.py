@@ -13,14 +13,13 @@ from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
-from dbos import DBOS
-
 from connectors.dicomweb.client import DicomwebClient
 from connectors.fhir.client import FhirClient
 from connectors.mllp.client import MllpClient
 from connectors.triton.client import TritonClient
 from middleware import app as service
 from middleware import cli, delivering, steps
+from middleware.store.deliveries import DeliveryStore
 from middleware.store.queries import Store
 
 STEPS = {
@@ -118,8 +117,12 @@ def _wrap_progress() -> None:
     DicomwebClient.fetch_study = wrapped  # type: ignore[method-assign]
 
 
-def _delivery_point(store: Store, delivery_id: str, now: Any, state: str, **_: Any) -> str:
-    return f"{store.delivery(delivery_id).destination}-marked-{state}"
+def _settled_point(store: DeliveryStore, delivery_id: str, now: Any, state: str, **_: Any) -> str:
+    return f"{store.find(delivery_id).destination}-marked-{state}"
+
+
+def _claimed_point(store: DeliveryStore, delivery_id: str, *_: Any, **__: Any) -> str:
+    return f"{store.find(delivery_id).destination}-marked-in_flight"
 
 
 def main() -> None:
@@ -138,11 +141,13 @@ def main() -> None:
     _wrap_async(MllpClient, "send", "ris-send")
     _wrap_async(TritonClient, "infer", "infer")
     _wrap_async(service, "start_reading", "queue")
-    _wrap_async(DBOS, "start_workflow_async", "start-delivering")
+    _wrap_async(delivering, "start", "start-delivering")
     _wrap(Store, "accept_event", lambda *_, **__: "accept")
     _wrap(Store, "save_artifacts", lambda *_, **__: "save-artifacts")
     _wrap(Store, "plan_deliveries", lambda *_, **__: "plan")
-    _wrap(Store, "mark_delivery", _delivery_point)
+    _wrap(DeliveryStore, "claim", _claimed_point)
+    _wrap(DeliveryStore, "settle", _settled_point)
+    _wrap(DeliveryStore, "handed_over", lambda *_, **__: "handed-over")
     _wrap(Store, "update_job", lambda *_, **__: "job-updated")
     _wrap(Store, "conclude_job", lambda *_, **__: "job-concluded")
     cli.main()

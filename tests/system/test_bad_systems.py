@@ -280,7 +280,7 @@ def test_a_silent_ris_that_drops_duplicates_gets_the_same_message_again(
 
 def test_a_ris_that_is_down(tmp_path: Path, truth_triton: str) -> None:
     ended = with_ris(tmp_path, free_port(), truth_triton)
-    said(ended, UNDELIVERED, "oru.hl7 to ris is dead", "given up after 3 attempts")
+    said(ended, UNDELIVERED, "oru.hl7 to ris is retrying", "no connection", "is left to `wetread serve`")
 
 
 # PACS

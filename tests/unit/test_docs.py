@@ -25,7 +25,8 @@ from mappings.model.protocol import (
 from mappings.reading.routing import compile_rule
 from mappings.reading.series_to_roles import SERIES_ATTRIBUTES, STUDY_ATTRIBUTES
 from mappings.reading.study_to_facts import FACTS
-from middleware.api import events, health, keys
+from middleware.api import deliveries, events, health, keys
+from middleware.api.deliveries import changing_router
 from middleware.cli import cli
 from middleware.errors import EndState
 from middleware.intake.protocols import MODEL_OUTPUTS
@@ -34,7 +35,6 @@ from middleware.settings import load_settings
 
 ROOT = Path(__file__).parents[2]
 GUIDES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
-GROUPS = ("protocols", "keys")
 READING_STATES = {"waiting", "accepted", "reading", "released", "rejected", *get_args(EndState)}
 DELIVERY_STATES = {"pending", "in_flight", "delivered", "retrying", "ambiguous", "dead"}
 
@@ -66,8 +66,16 @@ def command_paths() -> set[str]:
     group: Any = typer.main.get_command(cli)
     paths = set()
     for name, command in group.commands.items():
-        paths |= {f"{name} {sub}" for sub in command.commands} if hasattr(command, "commands") else {name}
+        subcommands = getattr(command, "commands", {})
+        paths |= {f"{name} {sub}" for sub in subcommands}
+        paths |= {name} if not subcommands or command.invoke_without_command else set()
     return paths
+
+
+def path_of(words: list[str]) -> str:
+    """The command that these words name: two of them where there is such a subcommand."""
+    two = " ".join(words[:2])
+    return two if words[0] == "protocols" or two in command_paths() else words[0]
 
 
 def options_of(path: str) -> set[str]:
@@ -117,7 +125,7 @@ def test_every_variable_that_a_guide_names_exists(guide: Path) -> None:
 @pytest.mark.parametrize("guide", GUIDES, ids=lambda g: g.name)
 def test_every_command_and_option_that_a_guide_names_exists(guide: Path) -> None:
     for words in commands_in(read(guide)):
-        path = " ".join(words[:2]) if words[0] in GROUPS else words[0]
+        path = path_of(words)
         assert path in command_paths(), f"wetread {' '.join(words)}"
         options = {word for word in words if word.startswith("--")}
         assert options <= options_of(path), f"wetread {' '.join(words)}"
@@ -125,7 +133,7 @@ def test_every_command_and_option_that_a_guide_names_exists(guide: Path) -> None
 
 def test_the_site_guide_or_protocols_guide_names_every_command() -> None:
     text = " ".join(read(guide) for guide in GUIDES)
-    named = {" ".join(w[:2]) if w[0] in GROUPS else w[0] for w in commands_in(text)}
+    named = {path_of(words) for words in commands_in(text)}
     made = {"demo"} if "make demo" in text else set()
     assert command_paths() == named | made
 
@@ -175,7 +183,8 @@ def test_every_exit_code_is_explained() -> None:
 
 def test_every_route_that_the_site_guide_names_exists_and_the_other_way_round() -> None:
     text = read(ROOT / "docs" / "site-guide.md")
-    for route in (*events.router.routes, *health.router.routes, *keys.router.routes):
+    modules = (events, health, keys, deliveries)
+    for route in (*(r for module in modules for r in module.router.routes), *changing_router.routes):
         path = re.sub(r"\{study_uid\}", "{uid}", getattr(route, "path", ""))
         assert path in text, path
 

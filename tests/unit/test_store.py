@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta, timezone
-from functools import partial
 from pathlib import Path
 from threading import Barrier
 from typing import TypeVar
@@ -193,8 +192,6 @@ def test_unknown_job_and_delivery_are_lookup_errors(store: Store) -> None:
     with pytest.raises(LookupError, match="no job x"):
         store.update_job("x", NOW, state="held")
     with pytest.raises(LookupError, match="no delivery x"):
-        store.mark_delivery("x", NOW, "dead")
-    with pytest.raises(LookupError, match="no delivery x"):
         store.delivery("x")
 
 
@@ -205,67 +202,6 @@ def test_naive_time_is_refused_and_zones_become_utc(store: Store) -> None:
     job_id, _ = accept(store, now=datetime(2026, 3, 4, 12, 30, tzinfo=timezone(timedelta(hours=2))))
     created = store.job(job_id).created_at
     assert (created, created.utcoffset()) == (NOW, timedelta(0))
-
-
-# Deliveries
-
-
-def test_delivery_walks_its_states_and_counts_attempts(store: Store) -> None:
-    store.plan_deliveries("j", 1, [delivery()], NOW)
-    for state, attempt in (("in_flight", True), ("retrying", False), ("in_flight", True), ("ambiguous", False)):
-        store.mark_delivery("d1-1", LATER, state, reason=f"now {state}", attempt=attempt)
-    found = store.delivery("d1-1")
-    assert (found.state, found.attempts, found.reason) == ("ambiguous", 2, "now ambiguous")
-    assert (found.created_at, found.updated_at) == (NOW, LATER)
-
-
-def test_delivered_stays_delivered(store: Store) -> None:
-    store.plan_deliveries("j", 1, [delivery()], NOW)
-    store.mark_delivery("d1-1", NOW, "delivered", receipt="AA")
-    for state in ("pending", "in_flight", "retrying", "ambiguous", "dead"):
-        after = store.mark_delivery("d1-1", LATER, state, reason="late news", attempt=True)
-        assert (after.state, after.receipt, after.reason, after.attempts) == ("delivered", "AA", "", 0)
-    store.plan_deliveries("j", 1, [delivery()], LATER)
-    store.plan_deliveries("j", 2, [delivery(revision=2)], LATER)
-    assert store.delivery("d1-1").state == "delivered"
-
-
-def answer_one(store: Store, delivery_id: str, number: int) -> Delivery:
-    return store.mark_delivery(delivery_id, LATER, ["delivered", "retrying", "ambiguous", "dead"][number])
-
-
-def test_delivered_stays_delivered_however_the_answers_race(store: Store) -> None:
-    for number in range(10):
-        store.plan_deliveries("j", 1, [delivery(number)], NOW)
-        at_once(4, partial(answer_one, store, f"d1-{number}"))
-        assert store.delivery(f"d1-{number}").state == "delivered"
-
-
-def test_attempts_counted_at_once_are_all_counted(store: Store) -> None:
-    store.plan_deliveries("j", 1, [delivery()], NOW)
-    at_once(8, lambda _: store.mark_delivery("d1-1", NOW, "in_flight", attempt=True))
-    assert store.delivery("d1-1").attempts == 8
-
-
-def test_planning_again_keeps_states_revives_the_dead_and_retires_older_revisions(store: Store) -> None:
-    store.plan_deliveries("j", 1, [delivery(n) for n in (3, 1, 2)], NOW)
-    store.mark_delivery("d1-1", NOW, "delivered")
-    store.mark_delivery("d1-2", NOW, "dead", reason="refused")
-    store.plan_deliveries("j", 1, [delivery(n) for n in (1, 2, 3)], LATER)
-    assert [(d.delivery_id, d.state) for d in store.deliveries(job_id="j")] == [
-        ("d1-1", "delivered"),
-        ("d1-2", "pending"),
-        ("d1-3", "pending"),
-    ]
-    store.plan_deliveries("j", 2, [delivery(1, revision=2)], LATER)
-    assert store.delivery("d1-3").reason == "superseded by revision 2"
-    assert [d.delivery_id for d in store.deliveries(state="pending")] == ["d2-1"]
-
-
-def test_other_jobs_keep_their_deliveries(store: Store) -> None:
-    store.plan_deliveries("other", 1, [delivery(job_id="other")], NOW)
-    store.plan_deliveries("j", 2, [delivery(revision=2)], NOW)
-    assert store.delivery("d1-1").state == "pending"
 
 
 # Durability
