@@ -2,7 +2,6 @@
 
 import asyncio
 import gc
-import socket
 import sqlite3
 import tempfile
 from collections.abc import AsyncIterator, Mapping, Sequence
@@ -29,6 +28,7 @@ from mappings.model.protocol import Model, Tensor
 from mappings.outputs.dicom_header import load_dicom_tables
 from mappings.outputs.findings_to_draft import draft_environment
 from middleware import steps
+from middleware.durable import use_patience
 from middleware.errors import SettingsError
 from middleware.intake.protocols import load_protocols
 from middleware.ports import Array, ContextSource, Inference
@@ -38,6 +38,7 @@ from middleware.store.arrivals import ArrivalStore
 from middleware.store.artifacts import ArtifactStore
 from middleware.store.hearing import HearingStore
 from middleware.store.queries import Store, open_engine
+from middleware.store.workers import WorkerStore
 from middleware.systems import Systems
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,6 +50,9 @@ WORKFLOW_VERSION = "2"
 only with that order, not with each release."""
 
 READING_QUEUE = "readings"
+
+PROCESS = "process"
+"""What executor ids of `wetread process` start with. Their work is nobody else's: images and context may be files."""
 
 
 class _Model:
@@ -176,7 +180,8 @@ async def open_systems(settings: Settings, overrides: Overrides | None = None) -
             store=store,
             heard=HearingStore(engine),
             arrivals=ArrivalStore(engine),
-            artifacts=ArtifactStore(settings.artifacts_url or str(settings.data_dir.absolute() / "artifacts")),
+            workers=WorkerStore(engine),
+            artifacts=ArtifactStore(settings.artifacts_place),
             protocols=load_protocols(settings.protocols_dir),
             templates=draft_environment(jinja2.FileSystemLoader(TEMPLATES)),
             images=overrides.images or pacs,
@@ -217,13 +222,15 @@ async def run_workflows(systems: Systems, *, executor_id: str = "", listen: bool
     settings = systems.settings
     _prepare_sqlite(settings.workflow_url)
     steps.use(systems)
+    # The service waits for its store as long as it takes; whoever runs one command wants to hear that it is away.
+    use_patience(None if listen else settings.retry.attempts)
     if listen:
         await asyncio.to_thread(_warm_up, systems)
     config = DBOSConfig(
         name="wetread",
         system_database_url=settings.workflow_url,
         application_version=WORKFLOW_VERSION,
-        executor_id=executor_id or settings.executor_id or socket.gethostname(),
+        executor_id=executor_id or settings.executor_name,
         serializer=JsonSerializer(),
         log_level="CRITICAL",  # its errors quote step inputs and messages; ours are in the store
         notification_listener_polling_interval_sec=0.1,

@@ -113,7 +113,7 @@ def serve(config: ConfigOption = None) -> None:
 def worker(config: ConfigOption = None) -> None:
     """Run one more worker on the same database."""
     with suppress(KeyboardInterrupt):
-        asyncio.run(service.work(load_settings(config)))
+        service.work(load_settings(config))
 
 
 @cli.command()

@@ -2,14 +2,12 @@
 
 from typing import TypedDict
 
-from dbos import DBOS
-
-from middleware import steps, telemetry
+from middleware import durable, steps, telemetry
 from middleware.release.deliveries import Outcome, give_up, oru_control_id, send_to_ehr, send_to_pacs, send_to_ris
 from middleware.store.tables import Delivery
 
 
-@DBOS.step()
+@durable.step
 async def list_deliveries(job_id: str, destination: str) -> list[str]:
     """The deliveries of a job to one destination that are not settled yet, in order."""
     everything = steps.systems().store.deliveries(job_id=job_id)
@@ -24,7 +22,7 @@ class Attempted(TypedDict):
     wait_s: float
 
 
-@DBOS.step()
+@durable.step
 async def attempt_delivery(delivery_id: str, attempt: int) -> Attempted:
     """Send one artifact once and remember what the destination said. The workflow waits and calls again."""
     store, now, retry = steps.systems().store, steps.systems().now, steps.systems().settings.retry

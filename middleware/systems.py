@@ -13,6 +13,7 @@ from middleware.store.arrivals import ArrivalStore
 from middleware.store.artifacts import ArtifactStore
 from middleware.store.hearing import HearingStore
 from middleware.store.queries import Store
+from middleware.store.workers import WorkerStore
 
 
 @dataclass
@@ -23,6 +24,7 @@ class Systems:
     store: Store
     heard: HearingStore
     arrivals: ArrivalStore
+    workers: WorkerStore
     artifacts: ArtifactStore
     protocols: Mapping[str, LoadedProtocol]
     templates: jinja2.Environment
