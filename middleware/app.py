@@ -25,6 +25,7 @@ from middleware.bootstrap import (
 from middleware.intake.inbox import accept_study, workflow_id
 from middleware.listening import listen_to_messages
 from middleware.presence import be_present
+from middleware.retention import prune_forever
 from middleware.settings import Settings
 from middleware.store.tables import StudyJob
 from middleware.systems import Systems
@@ -105,7 +106,7 @@ async def _work(settings: Settings) -> None:
 @asynccontextmanager
 async def _upkeep(systems: Systems) -> AsyncIterator[None]:
     """What every process does beside its readings while the block runs."""
-    tasks = [asyncio.create_task(loop) for loop in (look_after_workers(systems),)]
+    tasks = [asyncio.create_task(loop) for loop in (look_after_workers(systems), prune_forever(systems))]
     try:
         yield
     finally:

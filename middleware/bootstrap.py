@@ -4,15 +4,16 @@ import asyncio
 import gc
 import sqlite3
 import tempfile
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
-from dbos import DBOS, DBOSConfig
+from dbos import DBOS, DBOSClient, DBOSConfig
+from sqlalchemy.exc import DBAPIError
 
 from connectors.dicomweb.client import DicomwebClient
 from connectors.dicomweb.folder import FolderClient
@@ -38,6 +39,7 @@ from middleware.store.arrivals import ArrivalStore
 from middleware.store.artifacts import ArtifactStore
 from middleware.store.hearing import HearingStore
 from middleware.store.queries import Store, open_engine
+from middleware.store.retention import RetentionStore
 from middleware.store.workers import WorkerStore
 from middleware.systems import Systems
 
@@ -181,6 +183,7 @@ async def open_systems(settings: Settings, overrides: Overrides | None = None) -
             heard=HearingStore(engine),
             arrivals=ArrivalStore(engine),
             workers=WorkerStore(engine),
+            retention=RetentionStore(engine),
             artifacts=ArtifactStore(settings.artifacts_place),
             protocols=load_protocols(settings.protocols_dir),
             templates=draft_environment(jinja2.FileSystemLoader(TEMPLATES)),
@@ -249,6 +252,26 @@ async def run_workflows(systems: Systems, *, executor_id: str = "", listen: bool
         DBOS.destroy()
         # DBOS made its own pool the loop's and has closed it; closing the connectors still needs one.
         asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor())
+
+
+@contextmanager
+def open_history(settings: Settings) -> Iterator[DBOSClient | None]:
+    """The workflow engine's records, without running workflows; None where none were ever kept."""
+    url = settings.workflow_url
+    if url.startswith("sqlite:///") and not Path(url.removeprefix("sqlite:///")).is_file():
+        yield None
+        return
+    client = DBOSClient(system_database_url=url, serializer=JsonSerializer(), retry_connection_errors=False)
+    try:
+        client.list_application_versions()
+    except DBAPIError:  # a database that no worker has prepared yet
+        client.destroy()
+        yield None
+        return
+    try:
+        yield client
+    finally:
+        client.destroy()
 
 
 def _warm_up(systems: Systems) -> None:

@@ -18,7 +18,7 @@ from rich.table import Table
 from sqlalchemy.exc import DBAPIError
 
 from middleware import app as service
-from middleware import checking, explaining, holding_desk, process, replaying, telemetry
+from middleware import checking, explaining, holding_desk, process, replaying, retention, telemetry
 from middleware.errors import SettingsError
 from middleware.intake.holding import reject_study, release_study
 from middleware.intake.protocols import BUNDLED, load_protocol, load_protocols, replace_protocol
@@ -127,6 +127,17 @@ def check(config: ConfigOption = None) -> None:
         mark = "[green]✓[/]" if probe.answers else "[red]✗[/]" if probe.configured else "[dim]-[/]"
         screen.print(f"{mark} {probe.system:<8} {escape(probe.text)}", soft_wrap=True)
     raise typer.Exit(0 if all(p.answers or not p.configured for p in probes) else 1)
+
+
+@cli.command()
+def prune(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
+    config: ConfigOption = None,
+) -> None:
+    """Remove now what the retention policy no longer keeps; the service does so by itself."""
+    for each in retention.prune_all(load_settings(config), dry_run=dry_run):
+        size = f", {each.size_bytes / 1e6:.1f} MB" if each.size_bytes else ""
+        screen.print(f"{each.count:8} {each.what}{size}{' would be removed' if dry_run else ''}")
 
 
 @cli.command()

@@ -5,6 +5,7 @@ import contextlib
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 from connectors.errors import ConnectorError
@@ -12,6 +13,7 @@ from middleware import telemetry
 from middleware.bootstrap import open_listener
 from middleware.intake.hearing import Hearing, HearingPolicy
 from middleware.intake.inbox import hear_of_study
+from middleware.intake.room import check_room
 from middleware.settings import Settings
 from middleware.store.heard import OrderRecord
 from middleware.systems import Systems
@@ -50,7 +52,8 @@ async def listen_to_messages(systems: Systems) -> AsyncIterator[Hearing]:
 def _policy(settings: Settings) -> HearingPolicy:
     site, config = settings.site, settings.hl7_listener
     own_name = (site.sending_application, site.sending_facility)
-    return HearingPolicy(frozenset(config.processing_ids if config else ()), settings.zone, own_name)
+    room = partial(check_room, settings.data_dir, settings.storage.min_free_mib)
+    return HearingPolicy(frozenset(config.processing_ids if config else ()), settings.zone, own_name, room)
 
 
 async def _apply_forever(hearing: Hearing, systems: Systems) -> None:

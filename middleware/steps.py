@@ -227,13 +227,13 @@ async def _decide(job_id: str, study: Study, context: ClinicalContext | None, wa
     protocols = {wanted: here.protocols[wanted]} if wanted else here.protocols
     began = run_started_at(here.store.job(job_id))
     decided = await asyncio.to_thread(decide, study, context, protocols, began)
-    for loaded in protocols.values():
-        here.artifacts.put(loaded.text.encode())
+    texts = [here.artifacts.put(loaded.text.encode()).digest for loaded in protocols.values()]
     chosen = decided.find(decided.protocol)
     route = Route(
         protocol=decided.protocol, study=_dump(_STUDY, study), roles=_dump(_ROLES, chosen.roles) if chosen else ""
     )
-    facts = {"study": route["study"], "roles": route["roles"], "rules": _dump(_DECIDED, decided)}
+    facts: dict[str, Any] = {"study": route["study"], "roles": route["roles"], "rules": _dump(_DECIDED, decided)}
+    facts["texts"] = texts  # the protocol files as they were, for as long as the job is explained
     if context is None:
         facts["context"] = ""  # what is kept there is an earlier run's
     here.store.update_job(job_id, here.now(), protocol=decided.protocol, facts=facts, images=_whose(study))

@@ -13,6 +13,7 @@ from middleware.store.arrivals import ArrivalStore
 from middleware.store.artifacts import ArtifactStore
 from middleware.store.hearing import HearingStore
 from middleware.store.queries import Store
+from middleware.store.retention import RetentionStore
 from middleware.store.workers import WorkerStore
 
 
@@ -25,6 +26,7 @@ class Systems:
     heard: HearingStore
     arrivals: ArrivalStore
     workers: WorkerStore
+    retention: RetentionStore
     artifacts: ArtifactStore
     protocols: Mapping[str, LoadedProtocol]
     templates: jinja2.Environment

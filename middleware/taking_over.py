@@ -5,17 +5,24 @@ an older version left is read anew. There is no control plane; every process loo
 import asyncio
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
+from datetime import datetime, timedelta
 
 from dbos import DBOS, DBOSClient, WorkflowStatus
 
 from middleware import telemetry
 from middleware.bootstrap import PROCESS, READING_QUEUE, WORKFLOW_VERSION
+from middleware.intake.inbox import workflow_id
+from middleware.store.queries import Store
+from middleware.store.tables import StudyJob
 from middleware.store.workers import ALIVE, GONE, Sign, Worker, WorkerStore, sign_of
 from middleware.systems import Systems
 
 UNFINISHED = ["ENQUEUED", "PENDING", "DELAYED"]
 PAGE = 500
+MOST_DEATHS = 5
+"""So many workers may die while they read one study: it may be the study that kills them."""
+LOST_AFTER = timedelta(minutes=1)
 
 
 class Watch:
@@ -50,30 +57,66 @@ async def look_after_workers(systems: Systems) -> None:
             workers = await asyncio.to_thread(systems.workers.workers)
             others = [worker for worker in workers if worker.executor_id != own]
             for sign in watch.find_silent(others, time.monotonic()):
-                await asyncio.to_thread(take_over, systems.workers, sign)
+                await asyncio.to_thread(take_over, systems, sign)
             if time.monotonic() >= versions_at:
                 living = {worker.version for worker in workers if worker.state == ALIVE} | {WORKFLOW_VERSION}
                 await asyncio.to_thread(restart_stranded, systems.workers, living)
+                await asyncio.to_thread(fail_lost, systems)
                 versions_at = time.monotonic() + settings.workers.dead_after_s
         except Exception as error:  # the store is away; everybody stays as they are
             telemetry.log("workers not looked after", source="workers", kind=type(error).__name__)
 
 
-def take_over(store: WorkerStore, dead: Sign) -> int:
+def take_over(systems: Systems, dead: Sign) -> int:
     """Let the living go on with what a dead worker was doing; how many workflows that is. Nothing where it lives after
     all, or another process takes over just now. A worker that only seemed dead cannot finish a step any more: DBOS
     keeps its results out once a workflow has another owner."""
-    with store.taking_over(dead) as is_ours:
+    with systems.workers.taking_over(dead) as is_ours:
         if not is_ours:
             return 0
-        left = _list(status=["PENDING"], executor_id=dead.executor_id)
+        left = DBOS.list_workflows(status="PENDING", executor_id=dead.executor_id, load_input=False, load_output=False)
         by_queue: dict[str | None, list[str]] = defaultdict(list)
         for workflow in left:
-            by_queue[workflow.queue_name].append(workflow.workflow_id)
+            if dead.state != ALIVE or not _gives_up(systems, workflow):
+                by_queue[workflow.queue_name].append(workflow.workflow_id)
         for queue, ids in by_queue.items():
             DBOS.resume_workflows(ids, queue_name=queue)
         telemetry.log("took over from a worker", source="workers", state=dead.state, count=len(left))
         return len(left)
+
+
+def _gives_up(systems: Systems, workflow: WorkflowStatus) -> bool:
+    """Whether a reading has killed so many workers that no other one is to try it; it ends failed then."""
+    if workflow.name != "read_study":
+        return False
+    job = systems.store.job(workflow.workflow_id.partition("/")[0])
+    run, deaths = job.facts.get("died_in", ("", 0))
+    deaths = deaths + 1 if run == workflow.workflow_id else 1
+    systems.store.update_job(job.job_id, systems.now(), facts={"died_in": [workflow.workflow_id, deaths]})
+    if deaths < MOST_DEATHS:
+        return False
+    DBOS.cancel_workflow(workflow.workflow_id)
+    reason = f"{deaths} workers died while they read this study; see whether they had memory enough, then a new event"
+    systems.store.conclude_job(job.job_id, systems.now(), "failed", (reason,))
+    return True
+
+
+def find_lost(engine: "type[DBOS] | DBOSClient", store: Store, now: datetime) -> list[StudyJob]:
+    """Jobs that are said to be read and whose workflow has ended all the same, or is not there."""
+    jobs = [job for job in store.jobs_in_state("reading") if now - job.updated_at > LOST_AFTER]
+    ids = [workflow_id(job) for job in jobs]
+    found = engine.list_workflows(workflow_ids=ids, load_input=False, load_output=False) if ids else []
+    going_on = {workflow.workflow_id for workflow in found if workflow.status in UNFINISHED}
+    return [job for job in jobs if workflow_id(job) not in going_on]
+
+
+def fail_lost(systems: Systems) -> None:
+    """Conclude the jobs that no workflow will: they are tried again later, as all that failed."""
+    now = systems.now()
+    for job in find_lost(DBOS, systems.store, now):
+        reasons = ("its workflow ended before its end was written down",)
+        systems.store.conclude_job(job.job_id, now, "failed", reasons, look_at=now + LOST_AFTER)
+        telemetry.log("reading lost", job_id=job.job_id, state="failed")
 
 
 def find_stranded(engine: "type[DBOS] | DBOSClient", living: set[str]) -> list[WorkflowStatus]:
@@ -109,7 +152,3 @@ def restart_stranded(store: WorkerStore, living: set[str]) -> int:
         if stranded:
             telemetry.log("restarted what an older version left", source="workers", count=len(stranded))
         return len(stranded)
-
-
-def _list(status: Sequence[str], executor_id: str) -> list[WorkflowStatus]:
-    return DBOS.list_workflows(status=list(status), executor_id=executor_id, load_input=False, load_output=False)
