@@ -21,10 +21,10 @@ DOCS = Path(__file__).parent
 SECTIONS = {
     "site": "Who we are on the wire, and the zone of times that state none.",
     "api": "Where `wetread serve` listens.",
+    "retry": "How long Wetread keeps trying a system that may come back.",
     "workers": "How the processes on one database know that another one has died.",
     "storage": "When the disk counts as full.",
     "retention": "What is removed by itself, and when. What is still needed stays, however old it is.",
-    "retry": "How long Wetread keeps trying a system that may come back.",
     "pacs": "The PACS: a DICOMweb server, or a folder.",
     "ehr": "The EHR's FHIR R4 server.",
     "ris": "The RIS' HL7 listener (MLLP).",

@@ -96,6 +96,7 @@ def _beat_until(ended: threading.Event, store: WorkerStore, mine: Worker, settin
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
             is_silent = False
+            (settings.data_dir / ".alive").touch()  # for probes of a worker, which has no API
         except Exception as error:  # the store is away; others cannot look either
             if not is_silent:
                 telemetry.log("the store does not hear that we live", source="workers", kind=type(error).__name__)

@@ -30,7 +30,7 @@ class WorkerProcess:
         self._folder.mkdir(parents=True)
         self.pid = 0
 
-    def start(self, **more: str) -> None:
+    def start(self, command: str = "middleware.cli:main", **more: str) -> None:
         """Start it; whoever cares sees in the store when it lives."""
         own = {
             "WETREAD_CONFIG": str(self._config),
@@ -40,13 +40,18 @@ class WorkerProcess:
         (self._folder / "tmp").mkdir(exist_ok=True)
         env = environment(self._folder / "tmp", **{**own, **more})
         out = self._folder / "out"
-        self.pid = zygote().start("middleware.cli:main", ["worker"], self._folder, env, out, self._folder / "log")
+        self.pid = zygote().start(command, ["worker"], self._folder, env, out, self._folder / "log")
 
     def kill(self) -> None:
         """End it as a power cut does."""
         os.kill(self.pid, signal.SIGKILL)
         zygote().wait(self.pid, 20)
         self.pid = 0
+
+    def wait_for_death(self, timeout_s: float) -> int:
+        """Its exit code once it has ended by itself."""
+        code, self.pid = zygote().wait(self.pid, timeout_s), 0
+        return code
 
     def end(self) -> int:
         """Tell it to stop; its exit code (0 where it was dead already)."""
