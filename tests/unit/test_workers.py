@@ -145,9 +145,13 @@ def test_one_that_gave_a_sign_is_not_taken_over(store: WorkerStore) -> None:
 def test_a_takeover_that_fails_leaves_all_to_the_next(store: WorkerStore) -> None:
     store.enter(worker())
     position = store.ask_turn("w1")
-    with pytest.raises(RuntimeError), store.taking_over(signs(store)["w1"]) as is_ours:
-        assert is_ours
-        raise RuntimeError
+
+    def fail() -> None:
+        with store.taking_over(signs(store)["w1"]) as is_ours:
+            raise RuntimeError(f"it was ours: {is_ours}")
+
+    with pytest.raises(RuntimeError, match="True"):
+        fail()
     assert signs(store)["w1"].state == ALIVE
     assert store.take_turn(position, 1)
 
