@@ -59,7 +59,7 @@ def _tell(port: int, count: int, folder: Path, config: Path | None) -> None:
     print(f"The service answers at http://{LOOPBACK}:{port}, {count} more worker(s) beside it. Logs: {folder}/*.log")
     if config is None:
         print(f"Put a study's DICOM files into {folder}/pacs, then say so:")
-    print(f"  curl --json '{{\"study_instance_uid\": \"...\"}}' http://{LOOPBACK}:{port}/events/study")
+    print(f'  curl --json \'{{"study_instance_uid": "..."}}\' http://{LOOPBACK}:{port}/events/study')
     print("Kill any of them (kill -9): the others go on with what it was doing. Ctrl-C ends all.", flush=True)
 
 

@@ -72,8 +72,9 @@ class ArtifactStore:
     def find_unneeded(self, before: datetime, needed: Collection[str]) -> Iterator[tuple[str, int]]:
         """Paths and sizes (bytes) of what was last put before, and is not among the digests that somebody needs; also
         of half files that a crash left. `before` must be older than `FRESH`."""
+        self._fs.invalidate_cache()  # others write here, too
         for path, info in self._fs.find(self._root, detail=True).items():
-            if path.rsplit("/", 1)[-1] not in needed and self._modified(path) < before:
+            if path.rsplit("/", 1)[-1] not in needed and (info.get("LastModified") or self._modified(path)) < before:
                 yield path, int(info["size"] or 0)
 
     def remove(self, path: str) -> None:

@@ -8,10 +8,12 @@ import os
 import random
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 
+import psycopg
 import pytest
 import sqlalchemy
 import yaml
@@ -20,7 +22,8 @@ from deploy.hospital.ehr import start_fallback
 from deploy.hospital.pacs import RunningOrthanc
 from deploy.hospital.postgres import RunningPostgres
 from deploy.hospital.ris_process import start_ris
-from middleware.store.queries import open_engine
+from middleware.intake.inbox import accept_study
+from middleware.store.queries import Store, open_engine
 from middleware.store.workers import Worker, WorkerStore
 from tests.commands import run_wetread
 from tests.crash.line import Line, settings_for
@@ -31,6 +34,7 @@ from tests.serving import Service
 SOAK = os.environ.get("WETREAD_SOAK") == "1"
 STUDIES, KILLS, RESTARTS = (100, 40, 60) if SOAK else (6, 2, 3)
 SETTLED_WITHIN_S = 120.0
+SIGKILLED = -9
 
 pytestmark = pytest.mark.timeout(7200 if SOAK else 400)
 
@@ -67,11 +71,12 @@ class Site:
             assert time.monotonic() < deadline
             time.sleep(0.2)
 
-    def executors(self, state: str = "PENDING") -> dict[str, str]:
-        """Which executor has which workflow."""
-        query = sqlalchemy.text("SELECT workflow_uuid, executor_id FROM dbos.workflow_status WHERE status = :state")
-        with self.engine.connect() as connection:
-            return {str(uid): str(executor) for uid, executor in connection.execute(query, {"state": state})}
+    def set_read_only(self, value: str) -> None:
+        """Let every new transaction of the server be read-only, or not."""
+        with psycopg.connect(self.server.url, autocommit=True) as connection:
+            connection.execute("SET default_transaction_read_only = off")
+            connection.execute(f"ALTER SYSTEM SET default_transaction_read_only = {value}")
+            connection.execute("SELECT pg_reload_conf()")
 
     def faults(self, studies: list[Copy]) -> dict[str, list[str]]:
         """What is not as it must be once everything has ended."""
@@ -80,6 +85,13 @@ class Site:
             self.line.service.wait_until_settled(fresh.study_uid, SETTLED_WITHIN_S)
             found[fresh.study_uid] = self.line.faults(fresh)
         return {uid: faults for uid, faults in found.items() if faults}
+
+
+def until(is_so: Callable[[], bool], within_s: float = 30.0) -> None:
+    deadline = time.monotonic() + within_s
+    while not is_so():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.1)
 
 
 @pytest.fixture(scope="module")
@@ -135,28 +147,46 @@ def test_two_of_four_workers_are_killed_at_random(site: Site) -> None:
         chance.choice(alive).kill()
     assert site.faults(studies) == {}, logs(site.workers)
     site.wait_for({worker.name for worker in site.workers if not worker.pid}, "gone")
+    everybody = site.line.service.log() + "".join(worker.log() for worker in site.workers)
+    assert everybody.count('"took over from a worker"') >= KILLS
 
 
-def test_a_dead_workers_reading_goes_on_elsewhere(site: Site) -> None:
-    """Killed in the middle of a reading that it alone can have begun: its spool is out of reach, its turn is free."""
-    site.start_all()
-    fresh = site.line.bring("left-behind")
-    victim = {worker.name: worker for worker in site.workers}
+@pytest.mark.parametrize("point", ["fetch.kept", "infer.before", "render.exit", "ris-send.after"])
+def test_a_dead_workers_reading_goes_on_elsewhere(point: str, site: Site, tmp_path: Path) -> None:
+    """It dies at a point of a reading that it alone can have begun: its spool is out of reach for the others."""
     for worker in site.workers:
         worker.end()
-    site.line.service.kill()
-    lone = victim["worker-1"]
-    lone.start(VICTIM_ARM=str(site.line.arm))
-    site.wait_for({"worker-1"})
+    site.line.service.stop()
+    fresh, arm = site.line.bring(f"left-{point}"), tmp_path / "arm"
+    arm.write_text(point)
+    now = datetime.now().astimezone()
+    accept_study(Store(site.engine), fresh.study_uid, source="test", key=point, now=now)
+    lone = site.workers[0]
+    lone.start("tests.crash.victim:main", VICTIM_ARM=str(arm))
+    assert lone.wait_for_death(60) == SIGKILLED
     site.line.start()
+    assert site.faults([fresh]) == {}, logs(site.workers)
+    assert "took over from a worker" in site.line.service.log()
+    (job,) = site.line.service.jobs(fresh.study_uid)
+    spool = site.line.service.data_dir / "spool" / f"{job['job_id']}.run-1"
+    assert spool.is_dir() == (point != "ris-send.after"), "fetched again where images were still needed"
+
+
+def test_a_read_only_database_stops_intake_and_nothing_is_lost(site: Site) -> None:
+    """As after a failover to a standby: 503 and not ready, with the reason; then all goes on by itself."""
+    fresh = site.line.bring("read-only")
+    http = site.line.service.http
+    site.set_read_only("on")
+    try:
+        until(lambda: http.get("/ready").status_code == 503)
+        assert http.get("/ready").json()["store"] == "is full or read-only"
+        answer = site.line.service.announce(fresh.study_uid)
+        assert answer is not None
+        assert answer.status_code == 503
+    finally:
+        site.set_read_only("off")
+    until(lambda: http.get("/ready").status_code == 200)
     site.announce(fresh)
-    deadline = time.monotonic() + 60
-    while "worker-1" not in site.executors().values():
-        assert time.monotonic() < deadline
-        if site.line.service.jobs(fresh.study_uid)[0]["state"] not in ("accepted", "reading"):
-            break  # the service itself was faster; what is judged below holds all the same
-        time.sleep(0.01)
-    lone.kill()
     assert site.faults([fresh]) == {}, logs(site.workers)
 
 
