@@ -25,6 +25,7 @@ from deploy.hospital.ris_process import start_ris
 from middleware.intake.inbox import accept_study
 from middleware.store.queries import Store, open_engine
 from middleware.store.workers import Worker, WorkerStore
+from middleware.taking_over import MOST_DEATHS
 from tests.commands import run_wetread
 from tests.crash.line import Line, settings_for
 from tests.crash.several import WorkerProcess, logs, postgres
@@ -170,6 +171,25 @@ def test_a_dead_workers_reading_goes_on_elsewhere(point: str, site: Site, tmp_pa
     (job,) = site.line.service.jobs(fresh.study_uid)
     spool = site.line.service.data_dir / "spool" / f"{job['job_id']}.run-1"
     assert spool.is_dir() == (point != "ris-send.after"), "fetched again where images were still needed"
+
+
+def test_a_study_that_kills_its_workers_is_given_up(site: Site, tmp_path: Path) -> None:
+    """Five workers die of it, one after the other; the sixth process lets it be and says why."""
+    for worker in site.workers:
+        worker.end()
+    site.line.service.stop()
+    fresh, arm = site.line.bring("poison"), tmp_path / "arm"
+    arm.write_text("infer.before")
+    store = Store(site.engine)
+    accept_study(store, fresh.study_uid, source="test", key="poison", now=datetime.now().astimezone())
+    for number in range(MOST_DEATHS):
+        mortal = WorkerProcess(f"mortal-{number}", site.line.service.folder / "wetread.yaml", tmp_path)
+        mortal.start("tests.crash.victim:main", VICTIM_ARM=str(arm))
+        assert mortal.wait_for_death(90) == SIGKILLED
+    site.line.start()
+    ended = site.line.service.wait_until_settled(fresh.study_uid, SETTLED_WITHIN_S)
+    assert ended["state"] == "failed"
+    assert f"{MOST_DEATHS} workers died while they read this study" in ended["reasons"][0]
 
 
 def test_a_read_only_database_stops_intake_and_nothing_is_lost(site: Site) -> None:

@@ -5,8 +5,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Iterator
-from dataclasses import replace
-from datetime import datetime, timedelta
+from datetime import datetime
 from pathlib import Path
 
 import hl7
@@ -14,14 +13,9 @@ import httpx
 import pytest
 
 from deploy.hospital.process import LOOPBACK, answers, free_port
-from middleware.bootstrap import open_history
 from middleware.intake.inbox import accept_study
-from middleware.retention import Pruning
-from middleware.settings import Settings
-from middleware.store.artifacts import ArtifactStore
 from middleware.store.queries import Store, open_engine
-from middleware.store.retention import RetentionStore
-from tests.commands import environment, run_wetread, zygote
+from tests.commands import environment, zygote
 from tests.hl7_inbox import write_order
 from tests.serving import Service
 
@@ -133,33 +127,3 @@ def test_what_was_accepted_waits_for_room(disk_folder: Path) -> None:
         assert disk.service.wait_until_settled(f"{UID}.3")["state"] == "failed"  # no PACS is configured
     finally:
         assert disk.service.stop() == 0
-
-
-# Pruning beside the service
-
-
-def test_the_history_of_what_ended_is_pruned(tmp_path: Path) -> None:
-    service = Service(tmp_path / "service", {"retry": {"attempts": 1}})
-    service.start()
-    service.announce(f"{UID}.5")
-    service.wait_until_settled(f"{UID}.5")
-    config = str(service.folder / "wetread.yaml")
-    young = run_wetread(tmp_path / "dry", "prune", "--dry-run", WETREAD_CONFIG=config)
-    assert young.code == 0, young.said
-    assert "0 ended workflows would be removed" in young.out
-    assert run_wetread(tmp_path / "wet", "prune", WETREAD_CONFIG=config).code == 0
-    settings = Settings(data_dir=service.data_dir)
-    engine = open_engine(settings.store_url)
-    later = datetime.now().astimezone() + timedelta(days=15)
-    pruning = Pruning(settings, RetentionStore(engine), ArtifactStore(settings.artifacts_place), later)
-    with open_history(settings) as history:
-        assert history is not None
-        assert replace(pruning, dry_run=True).prune_history(history).count == 1
-        assert pruning.prune_history(history).count == 1
-        assert history.list_workflows() == []
-    again = service.announce(f"{UID}.5", **{"Idempotency-Key": "again"})
-    assert again is not None
-    assert again.status_code == 202
-    assert service.wait_until_settled(f"{UID}.5")["state"] == "failed"
-    assert service.stop() == 0
-    engine.dispose()
