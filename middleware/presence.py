@@ -87,20 +87,29 @@ def _in_use(other: Worker) -> SettingsError:
     )
 
 
+_fault: Exception | None = None
+
+
+def store_fault() -> Exception | None:
+    """Why the store did not take our last sign of life, so that nobody needs to write to it just to ask; None: it did,
+    or this process gives none."""
+    return _fault
+
+
 def _beat_until(ended: threading.Event, store: WorkerStore, mine: Worker, settings: Settings) -> None:
-    is_silent = False
+    global _fault
     while not ended.wait(settings.workers.heartbeat_s):
         try:
             if not store.beat(mine.executor_id, mine.incarnation, _now()):
                 telemetry.log("another process has come in our place; stopping", source="workers")
                 os.kill(os.getpid(), signal.SIGTERM)
                 return
-            is_silent = False
             (settings.data_dir / ".alive").touch()  # for probes of a worker, which has no API
+            _fault = None
         except Exception as error:  # the store is away; others cannot look either
-            if not is_silent:
+            if _fault is None:
                 telemetry.log("the store does not hear that we live", source="workers", kind=type(error).__name__)
-            is_silent = True
+            _fault = error
 
 
 # Which process it is

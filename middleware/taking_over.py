@@ -9,6 +9,7 @@ from collections.abc import Iterable
 from datetime import datetime, timedelta
 
 from dbos import DBOS, DBOSClient, WorkflowStatus
+from sqlmodel import Session
 
 from middleware import telemetry
 from middleware.bootstrap import PROCESS, READING_QUEUE, WORKFLOW_VERSION
@@ -71,13 +72,13 @@ def take_over(systems: Systems, dead: Sign) -> int:
     """Let the living go on with what a dead worker was doing; how many workflows that is. Nothing where it lives after
     all, or another process takes over just now. A worker that only seemed dead cannot finish a step any more: DBOS
     keeps its results out once a workflow has another owner."""
-    with systems.workers.taking_over(dead) as is_ours:
-        if not is_ours:
+    with systems.workers.taking_over(dead) as session:
+        if session is None:
             return 0
         left = DBOS.list_workflows(status="PENDING", executor_id=dead.executor_id, load_input=False, load_output=False)
         by_queue: dict[str | None, list[str]] = defaultdict(list)
         for workflow in left:
-            if dead.state != ALIVE or not _gives_up(systems, workflow):
+            if dead.state != ALIVE or not _gives_up(session, workflow, systems.now()):
                 by_queue[workflow.queue_name].append(workflow.workflow_id)
         for queue, ids in by_queue.items():
             DBOS.resume_workflows(ids, queue_name=queue)
@@ -85,19 +86,19 @@ def take_over(systems: Systems, dead: Sign) -> int:
         return len(left)
 
 
-def _gives_up(systems: Systems, workflow: WorkflowStatus) -> bool:
+def _gives_up(session: Session, workflow: WorkflowStatus, now: datetime) -> bool:
     """Whether a reading has killed so many workers that no other one is to try it; it ends failed then."""
-    if workflow.name != "read_study":
+    job = session.get(StudyJob, workflow.workflow_id.partition("/")[0], with_for_update=True)
+    if workflow.name != "read_study" or job is None:
         return False
-    job = systems.store.job(workflow.workflow_id.partition("/")[0])
     run, deaths = job.facts.get("died_in", ("", 0))
     deaths = deaths + 1 if run == workflow.workflow_id else 1
-    systems.store.update_job(job.job_id, systems.now(), facts={"died_in": [workflow.workflow_id, deaths]})
+    job.facts = {**job.facts, "died_in": [workflow.workflow_id, deaths]}
     if deaths < MOST_DEATHS:
         return False
     DBOS.cancel_workflow(workflow.workflow_id)
     reason = f"{deaths} workers died while they read this study; see whether they had memory enough, then a new event"
-    systems.store.conclude_job(job.job_id, systems.now(), "failed", (reason,))
+    job.state, job.reasons, job.updated_at = "failed", [reason], now
     return True
 
 

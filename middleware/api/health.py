@@ -6,6 +6,7 @@ from fastapi import APIRouter, Request, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from middleware.intake.room import NoRoom, check_room
+from middleware.presence import store_fault
 from middleware.store.failures import is_out_of_room
 
 router = APIRouter(tags=["health"])
@@ -30,11 +31,13 @@ def get_ready(request: Request, response: Response) -> dict[str, str]:
 
 
 def _check_stores(systems: Any) -> None:
-    """Raise unless there is room, and both disk and database take a little."""
+    """Raise unless there is room, and both disk and database take a little. Whether the database does is known from
+    our last sign of life: a write of its own would wait behind long ones."""
     check_room(systems.settings.data_dir, systems.settings.storage.min_free_mib)
     (systems.settings.data_dir / ".ready").write_bytes(b"1")
     systems.store.ping()
-    systems.arrivals.set_watermark("ready", "", systems.now())
+    if fault := store_fault():
+        raise fault
 
 
 def _explain(error: Exception) -> str:

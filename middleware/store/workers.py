@@ -115,16 +115,17 @@ class WorkerStore:
                 mine.state, mine.last_seen_at = STOPPED, now
 
     @contextmanager
-    def taking_over(self, seen: Sign) -> Iterator[bool]:
-        """Whether the work of this worker is ours to take on now: it is not where it gave another sign of life since,
-        or where another process is at it. Done once the block ends; nothing is where it fails."""
+    def taking_over(self, seen: Sign) -> Iterator[Session | None]:
+        """The transaction in which the work of this worker is ours to take on; None where it gave another sign of life
+        since, or another process is at it. Done once the block ends; nothing is where it fails. Whatever the block
+        writes here must go through that session: SQLite has one writer."""
         with alone(self._engine, wait=False) as session:
             worker = session.get(Worker, seen.executor_id, with_for_update=True) if session else None
             if session is None or worker is None or sign_of(worker) != seen:
-                yield False
+                yield None
                 return
             _give_turns_back(session, seen.executor_id)
-            yield True
+            yield session
             worker.state = GONE
 
     @contextmanager

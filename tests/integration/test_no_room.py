@@ -4,7 +4,7 @@ itself once there is room. The disk is a small one of its own (tmpfs; mounting n
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
 
@@ -73,6 +73,13 @@ def start_without_room(service: Service) -> None:
     assert service.http.get("/ready").status_code == 503
 
 
+def until(is_so: Callable[[], bool], within_s: float = 20.0) -> None:
+    deadline = time.monotonic() + within_s
+    while not is_so():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.1)
+
+
 @pytest.fixture
 def disk_folder(tmp_path: Path) -> Iterator[Path]:
     place = tmp_path / "disk"
@@ -95,13 +102,12 @@ def test_intake_stops_while_the_disk_is_full_and_goes_on_by_itself(disk_folder: 
         assert refused.status_code == 503, refused.text
         assert "again later" in refused.json()["detail"]
         assert disk.send("while") == ["AR", "while", "207"]
-        ready = disk.service.http.get("/ready")
-        assert ready.status_code == 503
-        reason = ready.json()["store"]
+        until(lambda: disk.service.http.get("/ready").status_code == 503)
+        reason = disk.service.http.get("/ready").json()["store"]
         assert ("storage.min_free_mib=8" in reason) if min_free_mib else (reason == "is full or read-only")
         assert disk.service.http.get("/health").status_code == 200
         disk.free()
-        assert disk.service.http.get("/ready").status_code == 200
+        until(lambda: disk.service.http.get("/ready").status_code == 200)
         assert disk.post(2).status_code in (200, 202)
         assert disk.send("while") == ["AA", "while"]
         for number in (1, 2):

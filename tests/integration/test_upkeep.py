@@ -57,7 +57,7 @@ def test_a_reading_without_a_workflow_is_named_and_tried_again(tmp_path: Path) -
     assert [worker.state for worker in WorkerStore(engine).workers()] == ["stopped"]
     config = str(service.folder / "wetread.yaml")
     checked = run_wetread(tmp_path / "check", "check", WETREAD_CONFIG=config)
-    assert f"1 reading(s) without a workflow, such as job {job_id}" in checked.out
+    assert f"1 reading(s) whose workflow has ended, such as job {job_id}" in checked.out
     assert checked.code == 1
     service.start()
     assert service.wait_until_settled(f"{UID}.6")["state"] == "failed"
@@ -65,3 +65,20 @@ def test_a_reading_without_a_workflow_is_named_and_tried_again(tmp_path: Path) -
     assert store.job(job_id).look_at is not None
     assert service.stop() == 0
     engine.dispose()
+
+
+def test_one_machine_goes_on_under_another_name(tmp_path: Path) -> None:
+    """A container that is replaced has another host name; on SQLite, where one writer at a time is all there is."""
+    service = Service(tmp_path / "service", {"retry": {"attempts": 1}, "workers": {"dead_after_s": 3.0}})
+    arm = tmp_path / "arm"
+    service.start("tests.crash.victim:main", VICTIM_ARM=str(arm))
+    arm.write_text("job-updated.after")
+    service.announce(f"{UID}.7")
+    assert service.wait_for_death(60) == -9
+    service.start(WETREAD_EXECUTOR_ID="another-name")
+    ended = service.wait_until_settled(f"{UID}.7")
+    assert ended["state"] == "failed"
+    assert "set pacs in wetread.yaml" in ended["reasons"][0]
+    assert service.stop() == 0
+    assert "took over from a worker" in service.log()
+    assert "not looked after" not in service.log()

@@ -131,13 +131,13 @@ def test_one_that_gave_a_sign_is_not_taken_over(store: WorkerStore) -> None:
     store.enter(worker())
     seen = signs(store)["w1"]
     store.beat("w1", "a", NOW)
-    with store.taking_over(seen) as is_ours:
-        assert not is_ours
-    with store.taking_over(signs(store)["w1"]) as is_ours:
-        assert is_ours
+    with store.taking_over(seen) as session:
+        assert session is None
+    with store.taking_over(signs(store)["w1"]) as session:
+        assert session is not None
     assert signs(store)["w1"].state == GONE
-    with store.taking_over(replace(signs(store)["w1"], state=ALIVE)) as is_ours:
-        assert not is_ours, "once"
+    with store.taking_over(replace(signs(store)["w1"], state=ALIVE)) as session:
+        assert session is None, "once"
     assert store.beat("w1", "a", NOW), "it only seemed dead, and lives again"
     assert signs(store)["w1"].state == ALIVE
 
@@ -147,8 +147,8 @@ def test_a_takeover_that_fails_leaves_all_to_the_next(store: WorkerStore) -> Non
     position = store.ask_turn("w1")
 
     def fail() -> None:
-        with store.taking_over(signs(store)["w1"]) as is_ours:
-            raise RuntimeError(f"it was ours: {is_ours}")
+        with store.taking_over(signs(store)["w1"]) as session:
+            raise RuntimeError(f"it was ours: {session is not None}")
 
     with pytest.raises(RuntimeError, match="True"):
         fail()
