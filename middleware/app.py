@@ -1,6 +1,7 @@
 """The service: HTTP API, workflows, and the sweep that leaves no accepted study behind."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
@@ -14,14 +15,24 @@ from middleware.api import deliveries as deliveries_api
 from middleware.api import events, health, keys, subscriptions
 from middleware.api.limits import BodyLimit
 from middleware.api.refusals import refuse_invalid
-from middleware.bootstrap import READING_QUEUE, Overrides, open_systems, run_workflows
+from middleware.bootstrap import (
+    READING_QUEUE,
+    WORKFLOW_VERSION,
+    Overrides,
+    open_systems,
+    prepare_data_dir,
+    run_workflows,
+)
 from middleware.dispatching import look_after_deliveries
 from middleware.intake.inbox import accept_study, workflow_id
 from middleware.listening import listen_to_messages
+from middleware.presence import be_present
+from middleware.retention import prune_forever
 from middleware.settings import Settings
 from middleware.store.tables import StudyJob
 from middleware.subscribing import listen_to_ehr
 from middleware.systems import Systems
+from middleware.taking_over import look_after_workers
 from middleware.watching import watch_studies
 from middleware.workflow import read_study
 
@@ -59,6 +70,7 @@ def create_app(settings: Settings) -> FastAPI:
                 listen_to_ehr(systems, hearing) as app.state.ehr_notices,
                 watch_studies(systems, start_reading),
                 look_after_deliveries(systems),
+                _upkeep(systems),
             ):
                 yield
 
@@ -83,17 +95,38 @@ def create_app(settings: Settings) -> FastAPI:
 def serve(settings: Settings) -> None:
     """Run the service until it is told to stop (SIGINT, SIGTERM)."""
     telemetry.configure_logging()
+    prepare_data_dir(settings)
     config = uvicorn.Config(
         create_app(settings), host=settings.api.host, port=settings.api.port, log_level="warning", access_log=False
     )
-    uvicorn.Server(config).run()
+    with be_present(settings, WORKFLOW_VERSION):
+        uvicorn.Server(config).run()
 
 
-async def work(settings: Settings) -> None:
-    """Run one more worker on the same database until it is cancelled."""
+def work(settings: Settings) -> None:
+    """Run one more worker on the same database until it is told to stop."""
     telemetry.configure_logging()
-    async with open_systems(settings) as systems, run_workflows(systems):
+    prepare_data_dir(settings)
+    with be_present(settings, WORKFLOW_VERSION):
+        asyncio.run(_work(settings))
+
+
+async def _work(settings: Settings) -> None:
+    async with open_systems(settings) as systems, run_workflows(systems), _upkeep(systems):
         await sweep(systems)
         telemetry.log("working")
         async with look_after_deliveries(systems):
             await asyncio.Event().wait()
+
+
+@asynccontextmanager
+async def _upkeep(systems: Systems) -> AsyncIterator[None]:
+    """What every process does beside its readings while the block runs."""
+    tasks = [asyncio.create_task(loop) for loop in (look_after_workers(systems), prune_forever(systems))]
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task

@@ -2,18 +2,18 @@
 
 import asyncio
 import gc
-import socket
 import sqlite3
 import tempfile
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jinja2
-from dbos import DBOS, DBOSConfig
+from dbos import DBOS, DBOSClient, DBOSConfig
+from sqlalchemy.exc import DBAPIError
 
 from connectors.dicomweb.client import DicomwebClient
 from connectors.dicomweb.folder import FolderClient
@@ -31,6 +31,7 @@ from mappings.outputs.dicom_header import load_dicom_tables
 from mappings.outputs.findings_to_draft import draft_environment
 from middleware import steps
 from middleware.delivering import queue_of
+from middleware.durable import use_patience
 from middleware.errors import SettingsError
 from middleware.intake.protocols import load_protocols
 from middleware.ports import Array, ContextSource, Inference
@@ -43,6 +44,8 @@ from middleware.store.deliveries import DeliveryStore
 from middleware.store.ehr_events import EhrEventStore
 from middleware.store.hearing import HearingStore
 from middleware.store.queries import Store, open_engine
+from middleware.store.retention import RetentionStore
+from middleware.store.workers import WorkerStore
 from middleware.systems import Systems
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -56,6 +59,9 @@ only with that order, not with each release."""
 READING_QUEUE = "readings"
 POLLING_S = 0.1
 """How often a queue is asked for work."""
+
+PROCESS = "process"
+"""What executor ids of `wetread process` start with. Their work is nobody else's: images and context may be files."""
 
 
 class _Model:
@@ -185,7 +191,9 @@ async def open_systems(settings: Settings, overrides: Overrides | None = None) -
             arrivals=ArrivalStore(engine),
             ehr_events=EhrEventStore(engine),
             deliveries=DeliveryStore(engine),
-            artifacts=ArtifactStore(settings.artifacts_url or str(settings.data_dir.absolute() / "artifacts")),
+            workers=WorkerStore(engine),
+            retention=RetentionStore(engine),
+            artifacts=ArtifactStore(settings.artifacts_place),
             protocols=load_protocols(settings.protocols_dir),
             templates=draft_environment(jinja2.FileSystemLoader(TEMPLATES)),
             images=overrides.images or pacs,
@@ -235,13 +243,15 @@ async def run_workflows(systems: Systems, *, executor_id: str = "", listen: bool
     _prepare_sqlite(settings.workflow_url)
     systems.takes_from_queues = listen
     steps.use(systems)
+    # The service waits for its store as long as it takes; whoever runs one command wants to hear that it is away.
+    use_patience(None if listen else settings.retry.attempts)
     if listen:
         await asyncio.to_thread(_warm_up, systems)
     config = DBOSConfig(
         name="wetread",
         system_database_url=settings.workflow_url,
         application_version=WORKFLOW_VERSION,
-        executor_id=executor_id or settings.executor_id or socket.gethostname(),
+        executor_id=executor_id or settings.executor_name,
         serializer=JsonSerializer(),
         log_level="CRITICAL",  # its errors quote step inputs and messages; ours are in the store
         notification_listener_polling_interval_sec=0.1,
@@ -278,6 +288,26 @@ async def _register_queues(settings: Settings) -> None:
             polling_interval_sec=POLLING_S,
             on_conflict="always_update",
         )
+
+
+@contextmanager
+def open_history(settings: Settings) -> Iterator[DBOSClient | None]:
+    """The workflow engine's records, without running workflows; None where none were ever kept."""
+    url = settings.workflow_url
+    if url.startswith("sqlite:///") and not Path(url.removeprefix("sqlite:///")).is_file():
+        yield None
+        return
+    client = DBOSClient(system_database_url=url, serializer=JsonSerializer(), retry_connection_errors=False)
+    try:
+        client.list_application_versions()
+    except DBAPIError:  # a database that no worker has prepared yet
+        client.destroy()
+        yield None
+        return
+    try:
+        yield client
+    finally:
+        client.destroy()
 
 
 def _warm_up(systems: Systems) -> None:

@@ -29,6 +29,7 @@ from middleware import (
     holding_desk,
     process,
     replaying,
+    retention,
     signing_keys,
     telemetry,
 )
@@ -151,7 +152,7 @@ def serve(config: ConfigOption = None) -> None:
 def worker(config: ConfigOption = None) -> None:
     """Run one more worker on the same database."""
     with suppress(KeyboardInterrupt):
-        asyncio.run(service.work(load_settings(config)))
+        service.work(load_settings(config))
 
 
 @cli.command()
@@ -165,6 +166,17 @@ def check(config: ConfigOption = None) -> None:
         mark = "[green]✓[/]" if probe.answers else "[red]✗[/]" if probe.configured else "[dim]-[/]"
         screen.print(f"{mark} {probe.system:<8} {escape(probe.text)}", soft_wrap=True)
     raise typer.Exit(0 if all(p.answers or not p.configured for p in probes) else 1)
+
+
+@cli.command()
+def prune(
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would be removed.")] = False,
+    config: ConfigOption = None,
+) -> None:
+    """Remove now what the retention policy no longer keeps; the service does so by itself."""
+    for each in retention.prune_all(load_settings(config), dry_run=dry_run):
+        size = f", {each.size_bytes / 1e6:.1f} MB" if each.size_bytes else ""
+        screen.print(f"{each.count:8} {each.what}{size}{' would be removed' if dry_run else ''}")
 
 
 @cli.command()

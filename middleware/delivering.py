@@ -7,7 +7,7 @@ from typing import Any
 
 from dbos import DBOS, SetEnqueueOptions
 
-from middleware import steps, telemetry
+from middleware import durable, steps, telemetry
 from middleware.release.deliveries import Outcome, give_up, oru_control_id, send_to_ehr, send_to_ris
 from middleware.release.health import note_answer, note_failure, note_wish
 from middleware.release.storing import send_to_pacs
@@ -32,14 +32,14 @@ async def start(deliver: Workflow, job_id: str, destination: str, priority: int)
         await DBOS.start_workflow_async(deliver, job_id, destination)
 
 
-@DBOS.step()
+@durable.step
 async def list_deliveries(job_id: str, destination: str) -> list[str]:
     """The deliveries of a job to one destination that are not settled yet, in order."""
     found = steps.systems().deliveries.search(destination=destination, job_ids=[job_id])
     return [d.delivery_id for d in found if d.state not in SETTLED]
 
 
-@DBOS.step()
+@durable.step
 async def attempt_delivery(delivery_id: str) -> str:
     """Send one artifact once, unless it must wait, and remember what the destination said; the delivery's state."""
     here = steps.systems()

@@ -79,7 +79,7 @@ def open_kept(settings: Settings) -> Iterator[Kept | None]:
         yield None
         return
     engine = open_engine(url)
-    artifacts = ArtifactStore(settings.artifacts_url or str(settings.data_dir.absolute() / "artifacts"))
+    artifacts = ArtifactStore(settings.artifacts_place)
     try:
         yield Kept(Store(engine), HearingStore(engine, settings.site.issuers), DeliveryStore(engine), artifacts)
     finally:

@@ -5,6 +5,7 @@ import contextlib
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from datetime import timedelta
+from functools import partial
 
 from connectors.errors import ConnectorError
 from mappings.inputs.dicom_json import first_value
@@ -12,6 +13,7 @@ from middleware import telemetry
 from middleware.bootstrap import open_listener
 from middleware.intake.hearing import Hearing, HearingPolicy
 from middleware.intake.inbox import hear_of_study
+from middleware.intake.room import check_room
 from middleware.settings import Settings
 from middleware.store.heard import OrderRecord
 from middleware.systems import Systems
@@ -53,7 +55,8 @@ def _policy(settings: Settings) -> HearingPolicy:
     site, config = settings.site, settings.hl7_listener
     own_name = (site.sending_application, site.sending_facility)
     processing_ids = frozenset(config.processing_ids if config else ())
-    return HearingPolicy(processing_ids, settings.zone, own_name, settings.number_systems)
+    room = partial(check_room, settings.data_dir, settings.storage.min_free_mib)
+    return HearingPolicy(processing_ids, settings.zone, own_name, settings.number_systems, room)
 
 
 async def _apply_forever(hearing: Hearing) -> None:

@@ -4,6 +4,7 @@ import asyncio
 import fcntl
 import json
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,7 +17,15 @@ from uuid import uuid4
 from dbos import DBOS, SetWorkflowID
 from pydicom.uid import UID
 
-from middleware.bootstrap import BundleContext, Overrides, open_folder, open_systems, prepare_data_dir, run_workflows
+from middleware.bootstrap import (
+    PROCESS,
+    BundleContext,
+    Overrides,
+    open_folder,
+    open_systems,
+    prepare_data_dir,
+    run_workflows,
+)
 from middleware.dispatching import deliver_now
 from middleware.errors import SettingsError, Stopped
 from middleware.intake.images import shorten_list
@@ -90,7 +99,7 @@ async def process_study(settings: Settings, request: Request) -> Result:
         async with open_systems(local, overrides) as systems:
             if request.protocol and request.protocol not in systems.protocols:
                 raise SettingsError(f"no protocol '{request.protocol}'; there are {', '.join(systems.protocols)}")
-            async with run_workflows(systems, executor_id="process", listen=False):
+            async with run_workflows(systems, executor_id=f"{PROCESS}-{socket.gethostname()}", listen=False):
                 job = await _read(systems, study_uid, request.protocol)
             files = write_result(systems, job, request.out)
             deliveries = _deliveries_of(systems, job)

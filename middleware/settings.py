@@ -6,8 +6,9 @@ over the file. Secrets belong in the environment or in files named by `*_file` s
 
 import difflib
 import os
+import socket
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 from urllib.parse import urlsplit
 from zoneinfo import ZoneInfo
 
@@ -293,6 +294,50 @@ def _grown_s(first_s: float, attempt: int, longest_s: float, asked_s: float | No
     return max(min(first_s * 2.0 ** min(max(attempt - 1, 0), 30), longest_s), asked_s or 0.0)
 
 
+class WorkersSettings(BaseModel):
+    """How the processes on one database know that another one has died."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    heartbeat_s: float = Field(default=1.0, gt=0, le=60, description="How often a process says that it lives.")
+    dead_after_s: float = Field(
+        default=10.0, gt=0, description="A process silent for so long is dead; the living take over its work."
+    )
+
+    @model_validator(mode="after")
+    def _hears_several_beats(self) -> Self:
+        if self.dead_after_s < 3 * self.heartbeat_s:
+            raise ValueError("dead_after_s must be at least three times heartbeat_s")
+        return self
+
+
+class StorageSettings(BaseModel):
+    """When the disk counts as full: before it is, so that what was begun can be finished."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    min_free_mib: int = Field(
+        default=512, ge=0, description="With less room than this nothing new is accepted or fetched. 0: never looks."
+    )
+
+
+class RetentionSettings(BaseModel):
+    """What is removed by itself, and when. What is still needed stays, however old it is."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+    every_hours: float = Field(default=1.0, gt=0, description="Time between two prunings by `serve` and `worker`.")
+    spool_hours: float = Field(default=24.0, ge=0, description="Images of a study, so long after its reading ended.")
+    artifacts_days: float = Field(
+        default=90.0, ge=2, description="What was made and not released, or was replaced by a newer revision."
+    )
+    released_days: float | None = Field(
+        default=None, ge=2, description="What was released last of a study; empty: for good."
+    )
+    inbox_days: float = Field(default=30.0, ge=1, description="The text of HL7 messages that were applied.")
+    workflow_days: float = Field(default=14.0, ge=1, description="The workflow engine's history of what has ended.")
+    events_days: float = Field(
+        default=365.0, ge=30, description="Events and step times; the same event sent again later is a new one."
+    )
+
+
 class Settings(BaseSettings):
     """Everything a site sets. With nothing set, Wetread works on folders with the bundled model."""
 
@@ -308,10 +353,16 @@ class Settings(BaseSettings):
     protocols_dir: Path | None = Field(default=None, description="Folder of the site's protocols, instead of ours.")
     executor_id: str = Field(default="", description="Stable, unique name of this process; empty: the host's name.")
     concurrent_readings: int = Field(default=2, ge=1)
+    concurrent_inferences: int | None = Field(
+        default=None, ge=1, description="Questions to the model at one time, over all processes; empty: no limit."
+    )
     site: SiteSettings = SiteSettings()
     api: ApiSettings = ApiSettings()
     retry: RetrySettings = RetrySettings()
     deliver: DeliverSettings = DeliverSettings()
+    workers: WorkersSettings = WorkersSettings()
+    storage: StorageSettings = StorageSettings()
+    retention: RetentionSettings = RetentionSettings()
     pacs: PacsSettings | None = None
     ehr: EhrSettings | None = None
     ehr_events: EhrEventSettings | None = Field(default=None, description="None: nothing is heard from the EHR.")
@@ -377,6 +428,16 @@ class Settings(BaseSettings):
             return NumberSystems(patient=patient)
         told = self.ehr_events
         return NumberSystems(told.accession_system, told.placer_system, told.filler_system, patient)
+
+    @property
+    def executor_name(self) -> str:
+        """The name of this process among all that work on its database."""
+        return self.executor_id or socket.gethostname()
+
+    @property
+    def artifacts_place(self) -> str:
+        """fsspec URL or path of the artifact store."""
+        return self.artifacts_url or str(self.data_dir.absolute() / "artifacts")
 
     @property
     def zone(self) -> ZoneInfo:

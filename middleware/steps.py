@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, TypedDict, TypeVar
 
 import numpy as np
-from dbos import DBOS
 from pydantic import TypeAdapter
 
 from connectors.errors import Ambiguous, ConnectorError, Permanent, Retryable
@@ -30,20 +29,23 @@ from mappings.model.study import Study
 from mappings.reading.priors_to_findings import with_comparison
 from mappings.reading.tensors_to_findings import AnswerUnusable, Reading, check_answer, tensors_to_findings
 from mappings.reading.volumes_to_tensors import volumes_to_tensors
-from middleware import telemetry
+from middleware import durable, telemetry
 from middleware.errors import Stopped
 from middleware.intake.context import read_chart, search_chart, search_identity
 from middleware.intake.deciding import Decided, decide
 from middleware.intake.identity import digest_identity, find_disagreements, find_heard_disagreements
 from middleware.intake.images import RoleImages, load_roles, read_study
-from middleware.intake.inbox import FIRST_LATE_LOOK, next_try_at, run_started_at, workflow_id
+from middleware.intake.inbox import FIRST_LATE_LOOK, next_try_at, run_started_at, spool_name, workflow_id
 from middleware.intake.priors import find_in_ehr, find_in_pacs, find_own, join_priors, load_findings
+from middleware.intake.room import check_room
+from middleware.ports import FetchedStudy
 from middleware.release.deliveries import PRIORITIES, ROUTINE, Errand, plan_deliveries
 from middleware.release.rendering import Addresses, render_all
 from middleware.release.validation import find_faults
 from middleware.store.issuers import Issuers
 from middleware.store.tables import ArtifactRecord, StepRun, StudyJob
 from middleware.systems import Systems
+from middleware.turns import take_turn
 
 _systems: Systems | None = None
 
@@ -170,34 +172,52 @@ def _load(adapter: TypeAdapter[Answer], digest: str) -> Answer:
 
 
 def _spool(job_id: str) -> Path:
-    return systems().settings.data_dir / "spool" / job_id
+    """This run's own folder: what an earlier run fetched, here or elsewhere, are other images."""
+    return systems().settings.data_dir / "spool" / spool_name(systems().store.job(job_id))
 
 
 # Images
 
 
-@DBOS.step()
+@durable.step
 async def fetch_images(job_id: str, study_uid: str) -> Images:
-    """Fetch the whole study into the spool. Patient: a PACS may be down for a while."""
+    """Fetch the whole study into the spool. Patient: a PACS may be down for a while, the disk may be full."""
+    await durable.outlast(_check_room)
     async with _run("fetch", job_id) as watch:
         systems().store.update_job(job_id, systems().now(), state="reading")
-        source = systems().images
-        if source is None:
-            raise Stopped("failed", ("no source of images is configured; set pacs in wetread.yaml",))
-        into = _spool(job_id)
-        into.parent.mkdir(parents=True, exist_ok=True)
-
-        def report(instances: int, size: int) -> None:
-            telemetry.tell(telemetry.Progress("fetch", "going on", f"{instances} instances, {size / 1e6:.1f} MB"))
-
-        fetched = await _patiently(
-            "fetching the images", lambda: source.fetch_study(study_uid, into, on_progress=report)
-        )
+        fetched = await _fetch(job_id, study_uid)
         watch.detail = f"{len(fetched.files)} instances, {fetched.bytes_received / 1e6:.1f} MB"
-        return Images(folder=str(into), instances=len(fetched.files), bytes=fetched.bytes_received)
+        return Images(folder=str(_spool(job_id)), instances=len(fetched.files), bytes=fetched.bytes_received)
 
 
-@DBOS.step()
+async def _check_room() -> None:
+    settings = systems().settings
+    check_room(settings.data_dir, settings.storage.min_free_mib)
+
+
+async def _fetch(job_id: str, study_uid: str) -> FetchedStudy:
+    source = systems().images
+    if source is None:
+        raise Stopped("failed", ("no source of images is configured; set pacs in wetread.yaml",))
+    into = _spool(job_id)
+    into.parent.mkdir(parents=True, exist_ok=True)
+
+    def report(instances: int, size: int) -> None:
+        telemetry.tell(telemetry.Progress("fetch", "going on", f"{instances} instances, {size / 1e6:.1f} MB"))
+
+    return await _patiently("fetching the images", lambda: source.fetch_study(study_uid, into, on_progress=report))
+
+
+async def _spooled(job_id: str, study_uid: str) -> Path:
+    """Where the study lies in this process' spool. The one that fetched it may have been another, on another machine,
+    and what waits for long may have been removed: then it is fetched again."""
+    folder = _spool(job_id)
+    if not folder.is_dir():
+        await _fetch(job_id, study_uid)
+    return folder
+
+
+@durable.step
 async def choose_protocol(job_id: str, study_uid: str, images: Images, wanted: str) -> Route:
     """Read the headers, find the first protocol (or take the `wanted` one) that may read the study as far as images
     tell, and the series of its roles.
@@ -205,7 +225,7 @@ async def choose_protocol(job_id: str, study_uid: str, images: Images, wanted: s
     Nothing to retry: the answer depends on the spool alone. Stops as unusable or unmatched, with every reason.
     """
     async with _run("route", job_id) as watch:
-        study = await asyncio.to_thread(read_study, Path(images["folder"]))
+        study = await asyncio.to_thread(read_study, await _spooled(job_id, study_uid))
         if study.study_instance_uid != study_uid:
             raise Stopped("unusable", ("the images fetched belong to another study than the one asked for",))
         route = await _decide(job_id, study, None, wanted)
@@ -227,13 +247,13 @@ async def _decide(job_id: str, study: Study, context: ClinicalContext | None, wa
     protocols = {wanted: here.protocols[wanted]} if wanted else here.protocols
     began = run_started_at(here.store.job(job_id))
     decided = await asyncio.to_thread(decide, study, context, protocols, began)
-    for loaded in protocols.values():
-        here.artifacts.put(loaded.text.encode())
+    texts = [here.artifacts.put(loaded.text.encode()).digest for loaded in protocols.values()]
     chosen = decided.find(decided.protocol)
     route = Route(
         protocol=decided.protocol, study=_dump(_STUDY, study), roles=_dump(_ROLES, chosen.roles) if chosen else ""
     )
-    facts = {"study": route["study"], "roles": route["roles"], "rules": _dump(_DECIDED, decided)}
+    facts: dict[str, Any] = {"study": route["study"], "roles": route["roles"], "rules": _dump(_DECIDED, decided)}
+    facts["texts"] = texts  # the protocol files as they were, for as long as the job is explained
     if context is None:
         facts["context"] = ""  # what is kept there is an earlier run's
     here.store.update_job(job_id, here.now(), protocol=decided.protocol, facts=facts, images=_whose(study))
@@ -245,7 +265,7 @@ async def _decide(job_id: str, study: Study, context: ClinicalContext | None, wa
 # Context
 
 
-@DBOS.step()
+@durable.step
 async def gather_context(job_id: str, route: Route) -> str:
     """Pull patient, order, laboratory values and history from the EHR; the digest of the context.
 
@@ -283,7 +303,7 @@ def _keep_context(job_id: str, context: ClinicalContext) -> str:
     return digest
 
 
-@DBOS.step()
+@durable.step
 async def check_identity(job_id: str, route: Route, context: str) -> None:
     """Stop (held) where images, order and EHR do not speak of one patient, unless a person released the study in spite
     of just that. Nothing to retry."""
@@ -335,7 +355,7 @@ def _hold_unless_accepted(
     return person
 
 
-@DBOS.step()
+@durable.step
 async def apply_rules(job_id: str, route: Route, context: str, wanted: str) -> Route:
     """Decide with the context which protocol reads the study: the first one that lets it in. Stops as unmatched or
     unusable; every reason names the value that decided. Nothing to retry."""
@@ -351,7 +371,7 @@ async def apply_rules(job_id: str, route: Route, context: str, wanted: str) -> R
 # Priors
 
 
-@DBOS.step()
+@durable.step
 async def find_priors(job_id: str, route: Route, context: str) -> str:
     """Find earlier studies of the patient that the protocol would read, in our own memory, the PACS and the EHR; the
     digest of what was found. A system that does not answer is named in the result and stops nothing."""
@@ -389,25 +409,28 @@ async def _or_nothing(search: Awaitable[list[PriorStudy]], system: str, silent: 
 # Reading
 
 
-def _role_images(images: Images, route: Route) -> tuple[Protocol, Study, tuple[RoleChoice, ...], RoleImages]:
+_RoleImages = tuple[Protocol, Study, tuple[RoleChoice, ...], RoleImages]
+
+
+async def _role_images(job_id: str, route: Route) -> _RoleImages:
     """The volumes of the protocol's roles. Three steps in a row need them, so the last few are kept in memory; a
     folder that was fetched again is another folder (its inode and time differ) and is read again."""
-    folder = Path(images["folder"]).stat()
-    return _load_role_images(
-        images["folder"], folder.st_ino, folder.st_mtime_ns, route["protocol"], route["study"], route["roles"]
-    )
+    folder = await _spooled(job_id, _load(_STUDY, route["study"]).study_instance_uid)
+    told = folder.stat()
+    which = (str(folder), told.st_ino, told.st_mtime_ns, route["protocol"], route["study"], route["roles"])
+    return await asyncio.to_thread(_load_role_images, *which)
 
 
 @lru_cache(maxsize=2)
 def _load_role_images(
     folder: str, _inode: int, _mtime_ns: int, protocol_name: str, study_digest: str, roles_digest: str
-) -> tuple[Protocol, Study, tuple[RoleChoice, ...], RoleImages]:
+) -> _RoleImages:
     protocol = systems().protocols[protocol_name].protocol
     study, roles = _load(_STUDY, study_digest), _load(_ROLES, roles_digest)
     return protocol, study, roles, load_roles(Path(folder), study, protocol, roles)
 
 
-@DBOS.step()
+@durable.step
 async def ask_model(job_id: str, images: Images, route: Route) -> Answered:
     """Resample to the reference grid, ask the pinned model, and keep its answer. Patient: inference has no side
     effect, and a server may be loading or full."""
@@ -415,13 +438,14 @@ async def ask_model(job_id: str, images: Images, route: Route) -> Answered:
         server = systems().model
         if server is None:
             raise Stopped("failed", ("no inference server is configured; set triton in wetread.yaml",))
-        protocol, _, _, loaded = await asyncio.to_thread(_role_images, images, route)
+        protocol, _, _, loaded = await _role_images(job_id, route)
         tensors = await asyncio.to_thread(volumes_to_tensors, loaded.volumes, protocol)
         await _patiently("asking the model", lambda: server.check_model(protocol.model))
         outputs = protocol.model.outputs
-        answer = await _patiently(
-            "asking the model", lambda: server.infer(protocol.model, tensors, outputs, request_id=job_id)
-        )
+        async with take_turn(systems().workers, systems().settings.concurrent_inferences):
+            answer = await _patiently(
+                "asking the model", lambda: server.infer(protocol.model, tensors, outputs, request_id=job_id)
+            )
         try:
             check_answer(answer.outputs, loaded.volumes[protocol.measure.reference_role].geometry.shape)
         except AnswerUnusable as error:
@@ -442,14 +466,15 @@ def _kept_arrays(digest: str) -> dict[str, np.ndarray[Any, Any]]:
         return {name: arrays[name] for name in arrays.files}
 
 
-@DBOS.step()
+@durable.step
 async def derive_findings(
     job_id: str, images: Images, route: Route, context: str, priors: str, answered: Answered
 ) -> str:
     """Measure, place and score everything the model drew, and compare it with the last prior; the digest of the
     findings. Nothing to retry."""
     async with _run("findings", job_id) as watch:
-        findings = await asyncio.to_thread(_derive, job_id, images, route, context, priors, answered)
+        loaded = await _role_images(job_id, route)
+        findings = await asyncio.to_thread(_derive, job_id, loaded, context, priors, answered)
         digest = _dump(_FINDINGS, findings)
         systems().store.update_job(job_id, systems().now(), facts={"answer": dict(answered)})
         watch.detail = _summary(findings)
@@ -457,9 +482,9 @@ async def derive_findings(
 
 
 def _derive(
-    job_id: str, images: Images, route: Route, context_digest: str, priors_digest: str, answered: Answered
+    job_id: str, role_images: _RoleImages, context_digest: str, priors_digest: str, answered: Answered
 ) -> Findings:
-    protocol, study, roles, loaded = _role_images(images, route)
+    protocol, study, roles, loaded = role_images
     context, priors = _load(_CONTEXT, context_digest), _load(_PRIORS, priors_digest)
     job = systems().store.job(job_id)
     began = run_started_at(job)
@@ -526,12 +551,13 @@ def _summary(findings: Findings) -> str:
 # Release
 
 
-@DBOS.step()
+@durable.step
 async def render(job_id: str, images: Images, route: Route, answered: Answered, findings: str) -> list[str]:
     """Render everything the protocol asks for into the artifact store; the artifacts' names. Nothing to retry:
     the same findings give the same bytes."""
     async with _run("render", job_id) as watch:
-        records = await asyncio.to_thread(_render, job_id, images, route, answered, findings)
+        loaded = await _role_images(job_id, route)
+        records = await asyncio.to_thread(_render, job_id, loaded, answered, findings)
         systems().store.save_artifacts(records)
         watch.detail = f"{len(records)} artifacts, {sum(r.size_bytes for r in records) / 1e6:.1f} MB"
         return [record.name for record in records]
@@ -550,8 +576,8 @@ def _addresses() -> Addresses:
     )
 
 
-def _render(job_id: str, images: Images, route: Route, answered: Answered, findings: str) -> list[ArtifactRecord]:
-    protocol, _, _, loaded = _role_images(images, route)
+def _render(job_id: str, role_images: _RoleImages, answered: Answered, findings: str) -> list[ArtifactRecord]:
+    protocol, _, _, loaded = role_images
     result = _load(_FINDINGS, findings)
     arrays = _kept_arrays(answered["arrays"])
     masks = {name: arrays[name] for name in ("gland", "zones", "lesions")}
@@ -572,7 +598,7 @@ def _render(job_id: str, images: Images, route: Route, answered: Answered, findi
     ]
 
 
-@DBOS.step()
+@durable.step
 async def validate(job_id: str, findings: str, answered: Answered) -> None:
     """Check every artifact against its standard and against the findings; stop (quarantined) at any fault."""
     async with _run("validate", job_id) as watch:
@@ -586,7 +612,7 @@ async def validate(job_id: str, findings: str, answered: Answered) -> None:
         watch.detail = f"{len(contents)} artifacts agree with the findings and their standards"
 
 
-@DBOS.step()
+@durable.step
 async def plan_release(job_id: str, route: Route, findings: str) -> Planned:
     """Write down what goes where, and how urgently. From here on the result is released."""
     async with _run("release", job_id) as watch:
@@ -646,7 +672,7 @@ def _next_look(state: str, failing_since: str, now: datetime) -> datetime | None
     return None if is_told or systems().pacs is None else now + FIRST_LATE_LOOK
 
 
-@DBOS.step()
+@durable.step
 async def conclude(job_id: str, workflow: str, state: str, reasons: list[str]) -> str:
     """Remember how this run ended; the id of the next run's workflow where an event came meanwhile, else empty."""
     store = systems().store

@@ -16,6 +16,8 @@ from middleware.store.deliveries import DeliveryStore
 from middleware.store.ehr_events import EhrEventStore
 from middleware.store.hearing import HearingStore
 from middleware.store.queries import Store
+from middleware.store.retention import RetentionStore
+from middleware.store.workers import WorkerStore
 
 
 @dataclass
@@ -29,6 +31,8 @@ class Systems:
     arrivals: ArrivalStore
     ehr_events: EhrEventStore
     deliveries: DeliveryStore
+    workers: WorkerStore
+    retention: RetentionStore
     artifacts: ArtifactStore
     protocols: Mapping[str, LoadedProtocol]
     templates: jinja2.Environment

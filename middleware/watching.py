@@ -15,6 +15,7 @@ from connectors.errors import ConnectorError, Permanent
 from mappings.inputs.dicom_json import count_value, first_value
 from middleware import telemetry
 from middleware.intake.inbox import Hint, hear_of_study, see_studies
+from middleware.intake.room import check_room
 from middleware.looking import StartReading, look_after_studies
 from middleware.ports import ChangeLog, ImageArchive
 from middleware.store.arrivals import Seen
@@ -103,6 +104,7 @@ async def _look_at_pacs(systems: Systems, pacs: ImageArchive, *, is_whole: bool)
     clock, hence the days in between."""
     settings, now = systems.settings.pacs_watch, systems.now()
     assert settings is not None
+    check_room(systems.settings.data_dir, systems.settings.storage.min_free_mib)
     watermark = await asyncio.to_thread(systems.arrivals.watermark, SOURCE)
     last = min(datetime.fromisoformat(watermark), now) if watermark else now
     days = settings.look_back_days if is_whole else settings.recent_days
@@ -158,6 +160,7 @@ async def _read_changes(systems: Systems, changes: ChangeLog) -> None:
     was reset its numbers begin again, in a new epoch, with whatever was stored into the new database: all that came
     meanwhile, and old studies too, which are passed over by their date."""
     arrivals, now = systems.arrivals, systems.now
+    check_room(systems.settings.data_dir, systems.settings.storage.min_free_mib)
     watermark = await asyncio.to_thread(arrivals.watermark, ORTHANC)
     if not watermark:
         watermark = f"0:{await changes.last_sequence()}"

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from sqlalchemy.exc import SQLAlchemyError
 
 from middleware.intake.inbox import accept_study
+from middleware.intake.room import NoRoom, check_room
 from middleware.store.artifacts import read_answer
 from middleware.store.tables import StudyJob
 
@@ -68,6 +69,7 @@ async def take_study_event(
     state: Any = request.app.state
     uid = event.study_instance_uid
     try:
+        check_room(state.systems.settings.data_dir, state.systems.settings.storage.min_free_mib)
         job, is_new = accept_study(
             state.systems.store,
             uid,
@@ -81,6 +83,8 @@ async def take_study_event(
         await state.start_reading(job)
     except ValueError as error:
         raise HTTPException(422, str(error)) from error
+    except NoRoom as error:
+        raise HTTPException(503, f"{error.reason}; send the event again later") from error
     except (OSError, SQLAlchemyError) as error:
         raise HTTPException(503, "the store cannot take the event now; send it again later") from error
     response.status_code = 202 if is_new else 200

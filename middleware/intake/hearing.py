@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from datetime import datetime, tzinfo
 from functools import partial
 
-from sqlalchemy.exc import OperationalError
+from sqlalchemy.exc import DBAPIError
 from sqlmodel import Session
 
 from mappings.inputs.er7_to_message import UnreadableMessage, read_message
@@ -24,6 +24,7 @@ from mappings.model.message import Header, Message, drop_controls
 from mappings.outputs.message_to_ack import Outcome, build_ack, build_reject, codes_due
 from middleware import telemetry
 from middleware.intake.orders import apply_events
+from middleware.store.failures import is_out_of_room, is_store_away
 from middleware.store.heard import HeardMessage
 from middleware.store.hearing import Arrived, HearingStore, Kept
 
@@ -37,6 +38,7 @@ APPLY_TOGETHER = 8
 QUIET_S, GIVE_WAY_S = 0.005, 0.05
 """Applying a message waits until none came for `QUIET_S`, but no longer than `GIVE_WAY_S`: both write to one database,
 and the sender of the one that comes is waiting."""
+NO_ROOM = "No room to keep this message; send it again later"
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class HearingPolicy:
     zone: tzinfo
     own_name: tuple[str, str] = ("", "")
     number_systems: NumberSystems = field(default_factory=NumberSystems)
+    check_room: Callable[[], None] = lambda: None
+    """Raises NoRoom where nothing more can be taken."""
 
 
 class Hearing:
@@ -65,17 +69,40 @@ class Hearing:
     async def take(self, raw: bytes, sender: str) -> tuple[bytes, ...]:
         """Keep one message durably and give the answers that its sender waits for (none is possible in enhanced mode).
 
-        What cannot be read is kept too and answered AR. Raises what the store raises: then nothing is answered,
-        and the sender sends again.
+        What cannot be read is kept too and answered AR. Where the store is full or read-only, nothing is kept and the
+        answer is AR (CR in enhanced mode) with error 207; the sender keeps it and sends again. Raises what else the
+        store raises: then nothing is answered, and the sender sends again.
         """
         self._last_came = time.monotonic()
         try:
             message = await _read(raw)
         except UnreadableMessage as unreadable:
+            return await self._take_unreadable(raw, sender, unreadable)
+        try:
+            return await self._take_readable(raw, sender, message)
+        except (OSError, DBAPIError) as error:
+            if not is_out_of_room(error):
+                raise
+            return self._turn_away(message.header, error)
+
+    async def _take_unreadable(self, raw: bytes, sender: str, unreadable: UnreadableMessage) -> tuple[bytes, ...]:
+        try:
+            self._policy.check_room()
             await self._keep(self._arrived(raw, sender, unreadable.header, unreadable.reason))
-            telemetry.EVENTS.labels("hl7", "unreadable").inc()
-            return (self._reject(raw, unreadable),)
+        except (OSError, DBAPIError) as error:  # it is rejected in any case
+            if not is_out_of_room(error):
+                raise
+        telemetry.EVENTS.labels("hl7", "unreadable").inc()
+        return (self._reject(raw, unreadable),)
+
+    def _turn_away(self, header: Header, error: Exception) -> tuple[bytes, ...]:
+        telemetry.EVENTS.labels("hl7", "no room").inc()
+        telemetry.log("HL7 message turned away", source="hl7", kind=type(error).__name__)
+        return self._answers(header, "reject", NO_ROOM, "207")
+
+    async def _take_readable(self, raw: bytes, sender: str, message: Message) -> tuple[bytes, ...]:
         header = message.header
+        self._policy.check_room()
         if header.processing_id[:1] not in self._policy.processing_ids:
             telemetry.EVENTS.labels("hl7", "not allowed").inc()
             allowed = ", ".join(sorted(self._policy.processing_ids))
@@ -165,9 +192,9 @@ class Hearing:
     def _apply(self, positions: Sequence[int]) -> None:
         try:
             self._store.apply(positions, self._apply_one)
-        except OperationalError:
-            raise
         except Exception as error:
+            if is_store_away(error):
+                raise
             if len(positions) > 1:
                 for position in positions:
                     self._apply([position])

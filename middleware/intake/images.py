@@ -1,6 +1,6 @@
 """From files in the spool to the `Study` noun and the volumes of its roles, or a reason why not."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -141,6 +141,28 @@ def _is_needed(protocol: Protocol, role: str) -> bool:
 
 
 def _decode(folder: Path, series: Series, stack: Stack) -> tuple[Volume, tuple[Dataset, ...]]:
-    datasets = tuple(pydicom.dcmread(folder / instance.file) for instance in stack.instances)
+    wanted = {instance.sop_instance_uid: instance.file for instance in stack.instances}
+    datasets = tuple(_read_instances(folder, wanted))
     volume = stack_to_volume(series, stack, {str(ds.SOPInstanceUID): ds for ds in datasets})
     return volume, datasets
+
+
+def _read_instances(folder: Path, wanted: Mapping[str, str]) -> Iterator[Dataset]:
+    """The instances of these UIDs, in their order. Their files have the given names, unless the study was fetched again
+    and came in another order. Raises Stopped (failed) where one is there no more."""
+    found: dict[str, Path] | None = None
+    for uid, name in wanted.items():
+        file = folder / name
+        dataset = pydicom.dcmread(file) if file.is_file() else None
+        if dataset is None or dataset.SOPInstanceUID != uid:
+            found = _find_instances(folder) if found is None else found
+            if uid not in found:
+                reason = "an image that was read first is no longer in the PACS; a new event reads the study anew"
+                raise Stopped("failed", (reason,))
+            dataset = pydicom.dcmread(found[uid])
+        yield dataset
+
+
+def _find_instances(folder: Path) -> dict[str, Path]:
+    files = [file for file in folder.iterdir() if file.is_file()]
+    return {str(pydicom.dcmread(f, specific_tags=["SOPInstanceUID"]).SOPInstanceUID): f for f in files}

@@ -130,3 +130,8 @@ def next_try_at(failing_since: str, now: datetime) -> datetime | None:
 def workflow_id(job: StudyJob) -> str:
     """The id of the workflow that does this run of the job; the same run always has the same one."""
     return f"{job.job_id}/run-{job.facts.get('run', 1)}"
+
+
+def spool_name(job: StudyJob) -> str:
+    """The name of the folder that holds the images of this run of the job; it starts with the job's id and a dot."""
+    return workflow_id(job).replace("/", ".")

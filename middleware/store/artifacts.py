@@ -1,13 +1,19 @@
 """Bytes by digest (fsspec): a folder by default, object storage where `artifacts_url` says so."""
 
+import contextlib
 import hashlib
 import json
 import os
 import uuid
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import fsspec
+
+FRESH = timedelta(days=1)
+"""What was put so lately need not be written again to count as new."""
 
 
 @dataclass(frozen=True)
@@ -27,10 +33,11 @@ class ArtifactStore:
         self._fs.makedirs(self._root, exist_ok=True)
 
     def put(self, data: bytes) -> Ref:
-        """Store `data`; OSError where the store is full or read-only."""
+        """Store `data`; OSError where the store is full or read-only. What is there already counts as new again, so
+        that nobody removes it for its age before it is written down who needs it."""
         digest = hashlib.sha256(data).hexdigest()
         path = self._path(digest)
-        if not self._fs.exists(path):
+        if not self._is_fresh(path):
             self._fs.makedirs(path.rsplit("/", 1)[0], exist_ok=True)
             # A plain folder can hold half a file after a crash, so the name appears by rename; an object
             # store's upload is whole by itself.
@@ -51,6 +58,29 @@ class ArtifactStore:
         if hashlib.sha256(data).hexdigest() != digest:
             raise ValueError(f"artifact {digest[:12]} is damaged: its bytes do not match its digest")
         return data
+
+    def _is_fresh(self, path: str) -> bool:
+        try:
+            return datetime.now(UTC) - self._modified(path) < FRESH
+        except FileNotFoundError:
+            return False
+
+    def _modified(self, path: str) -> datetime:
+        at: datetime = self._fs.modified(path)
+        return at.replace(tzinfo=UTC) if at.tzinfo is None else at
+
+    def find_unneeded(self, before: datetime, needed: Collection[str]) -> Iterator[tuple[str, int]]:
+        """Paths and sizes (bytes) of what was last put before, and is not among the digests that somebody needs; also
+        of half files that a crash left. `before` must be older than `FRESH`."""
+        self._fs.invalidate_cache()  # others write here, too
+        for path, info in self._fs.find(self._root, detail=True).items():
+            if path.rsplit("/", 1)[-1] not in needed and (info.get("LastModified") or self._modified(path)) < before:
+                yield path, int(info["size"] or 0)
+
+    def remove(self, path: str) -> None:
+        """Remove one of those; nothing where it is gone already."""
+        with contextlib.suppress(FileNotFoundError):
+            self._fs.rm_file(path)
 
     def put_json(self, value: Any) -> Ref:
         """Store a JSON value."""

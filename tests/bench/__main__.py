@@ -1,7 +1,7 @@
 """`make bench`: every benchmark, one after the other, in one table beside its rival and its budget (DESIGN.md).
 
-`python -m tests.bench [fetch triton seg oru mllp end-to-end destinations]` runs those named, all where none is. Exits 1
-where a budget is broken.
+`python -m tests.bench [fetch triton seg oru mllp end-to-end destinations workers]` runs those named, all where none is.
+Exits 1 where a budget is broken.
 """
 
 import argparse
@@ -21,6 +21,7 @@ from tests.bench.bench_mllp import bench_mllp
 from tests.bench.bench_oru import bench_oru
 from tests.bench.bench_seg import bench_seg
 from tests.bench.bench_triton import bench_client
+from tests.bench.bench_workers import bench_workers
 from tests.bench.row import Row
 
 FETCH_REPETITIONS, FETCH_MEBIBYTES = 21, 512
@@ -72,6 +73,7 @@ BENCHES: Mapping[str, Callable[[], list[Row]]] = {
     "mllp": bench_mllp,
     "end-to-end": bench_end_to_end,
     "destinations": bench_destinations,
+    "workers": bench_workers,
 }
 
 

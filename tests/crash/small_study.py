@@ -77,8 +77,14 @@ def cropped(dataset: Dataset, crop: slice = CROP) -> Dataset:
     return dataset
 
 
-def build_small_truth(folder: Path) -> Path:
-    """A model repository that answers the phantom's truth on the grid of `SmallStudy`."""
+def build_small_truth(folder: Path, *, sleep_s: float = 0.0, instances: int = 1) -> Path:
+    """A model repository that answers the phantom's truth on the grid of `SmallStudy`, after a wait; so many requests
+    at one time."""
     masks = truth_masks(SPEC, t2_axial_grid(SPEC))
     part = {k: v[FIRST_SLICE : FIRST_SLICE + SLICES, CROP, CROP] for k, v in masks.items()}
-    return build_truth_repository(folder, part["gland"], part["zones"], part["lesions"])
+    build_truth_repository(folder, part["gland"], part["zones"], part["lesions"], sleep_s=sleep_s)
+    config = next(folder.glob("*/config.pbtxt"))
+    text = config.read_text()
+    assert "count: 1" in text
+    config.write_text(text.replace("count: 1", f"count: {instances}"))
+    return folder

@@ -1,9 +1,6 @@
 """The same line on PostgreSQL: a reading, a kill and a restart, and a second worker on the same database."""
 
 import os
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Iterator
 from datetime import timedelta
 from pathlib import Path
@@ -12,11 +9,11 @@ import pytest
 
 from deploy.hospital.ehr import start_fallback
 from deploy.hospital.pacs import RunningOrthanc
-from deploy.hospital.process import free_port
 from deploy.hospital.ris import Behaviour
 from deploy.hospital.ris_process import start_ris
 from tests.commands import environment, run_wetread, zygote
 from tests.crash.line import Line, settings_for
+from tests.crash.several import postgres
 from tests.crash.small_study import SmallStudy
 from tests.serving import Service
 from tests.unit.test_delivery_store import NOW, Desk, at_once, delivery
@@ -27,25 +24,8 @@ SIGKILLED = -9
 @pytest.fixture(scope="module")
 def database_url() -> Iterator[str]:
     """A PostgreSQL server of this module alone, on loopback, in a folder that goes away."""
-    programs = sorted(Path("/usr/lib/postgresql").glob("*/bin"))[-1]
-    with tempfile.TemporaryDirectory(prefix="wetread-postgres-") as folder:
-        data, port = Path(folder) / "data", free_port()
-        if os.geteuid() == 0:  # PostgreSQL does not run as root
-            shutil.chown(folder, "postgres")
-        _run(programs / "initdb", "-D", data, "-U", "wetread", "--auth=trust", "-E", "UTF8", "--no-sync")
-        options = f"-c listen_addresses=127.0.0.1 -p {port} -k {folder}"
-        _run(programs / "pg_ctl", "-D", data, "-w", "-l", f"{folder}/log", "-o", options, "start")
-        try:
-            _run(programs / "createdb", "-h", "127.0.0.1", "-p", port, "-U", "wetread", "wetread")
-            yield f"postgresql://wetread@127.0.0.1:{port}/wetread"
-        finally:
-            _run(programs / "pg_ctl", "-D", data, "-w", "-m", "immediate", "stop")
-
-
-def _run(*command: object) -> None:
-    as_user = ["runuser", "-u", "postgres", "--"] if os.geteuid() == 0 else []
-    done = subprocess.run([*as_user, *map(str, command)], cwd="/", stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
-    assert done.returncode == 0, done.stderr.decode()
+    with postgres() as server:
+        yield server.url
 
 
 @pytest.fixture(scope="module")

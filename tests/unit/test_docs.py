@@ -259,6 +259,7 @@ def test_the_compose_file_sets_only_what_exists_and_holds_no_secret() -> None:
     compose = yaml.safe_load(read(ROOT / "deploy" / "compose.yaml"))
     known = {variable(path) for path, _ in list_settings()}
     assert set(compose["services"]["wetread"]["environment"]) <= known
+    assert set(compose["services"]["worker"]["environment"]) <= known
     assert "${POSTGRES_PASSWORD" in compose["services"]["wetread"]["environment"]["WETREAD_DATABASE_URL"]
     for service in compose["services"].values():
         assert re.fullmatch(r"[\w./-]+:[\w.-]*\d[\w.-]*", service["image"]), "images are named by a version's tag"
@@ -266,6 +267,41 @@ def test_the_compose_file_sets_only_what_exists_and_holds_no_secret() -> None:
             source = volume.split(":")[0]
             named = source in compose["volumes"] or source == "../wetread.yaml"
             assert named or (ROOT / "deploy" / source).exists(), volume
+
+
+def kubernetes_objects() -> list[dict[str, Any]]:
+    folder = ROOT / "deploy" / "kubernetes"
+    files = yaml.safe_load(read(folder / "kustomization.yaml"))["resources"]
+    return [one for file in files for one in yaml.safe_load_all(read(folder / file))]
+
+
+def test_the_kubernetes_manifests_set_only_what_exists_and_hold_no_secret() -> None:
+    known = {variable(path) for path, _ in list_settings()} | {"WETREAD_SECRETS_DIR"}
+    pods = [one["spec"]["template"]["spec"] for one in kubernetes_objects() if "template" in one["spec"]]
+    assert len(pods) == 3
+    for container in (container for pod in pods for container in pod["containers"]):
+        assert {variable["name"] for variable in container.get("env", [])} <= known
+        assert not any("PASSWORD" in each["name"] or "TOKEN" in each["name"] for each in container.get("env", []))
+        assert {"startupProbe", "readinessProbe"} <= set(container)
+        assert {"requests", "limits"} <= set(container["resources"])
+    mounted = {volume["secret"]["secretName"] for pod in pods for volume in pod["volumes"] if "secret" in volume}
+    assert mounted == {"wetread-secrets"}
+
+
+def test_the_kubernetes_settings_can_be_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WETREAD_CONFIG", raising=False)
+    settings = load_settings(ROOT / "deploy" / "kubernetes" / "wetread.yaml")
+    assert settings.artifacts_url
+    assert settings.hl7_listener is not None
+
+
+def test_kubernetes_selectors_find_their_pods() -> None:
+    objects = kubernetes_objects()
+    labels = [one["spec"]["template"]["metadata"]["labels"] for one in objects if "template" in one["spec"]]
+    selectors = [one["spec"]["selector"] for one in objects if "selector" in one["spec"]]
+    plain = [selector.get("matchLabels", selector) for selector in selectors]
+    assert len(plain) >= 7
+    assert all(selector in labels for selector in plain)
 
 
 def test_the_image_copies_what_exists_and_all_that_the_service_imports() -> None:
