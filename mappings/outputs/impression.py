@@ -66,6 +66,12 @@ def status_banner(findings: Findings) -> str:
     return f"{banner} {signature_sentence(findings)}".strip()
 
 
+def no_lesion(findings: Findings) -> str:
+    """What is said where no lesion is reported: that none was proposed, or none that a person kept."""
+    rejected = any(row.why == "rejected" and row.finding.label is not None for row in findings.dropped)
+    return f"No lesion was proposed by the model{' that a person kept' if rejected else ''}."
+
+
 def findings_to_impression(findings: Findings) -> tuple[str, ...]:
     """The impression line by line: banner, overall categories, lesions by category, what changed since the
     prior, blanks with reasons, what people did to it."""
@@ -75,7 +81,7 @@ def findings_to_impression(findings: Findings) -> tuple[str, ...]:
     return (
         status_banner(findings),
         *overall,
-        *(lesions or ["No lesion was proposed by the model."]),
+        *(lesions or [no_lesion(findings)]),
         *comparison_impression(findings, lesions_by_category(findings)),
         *blanks,
         *revision_sentences(findings),

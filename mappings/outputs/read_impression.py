@@ -3,6 +3,7 @@
 from mappings.model.findings import Findings
 from mappings.outputs.read_changes import impression_lines
 from mappings.outputs.read_facts import Facts, compare, find_slips, lesion_pieces, prose, read_status, squeeze
+from mappings.outputs.read_revision import START, check_words, signature_words
 
 
 def check_impression(artifact: str, words: str, findings: Findings) -> list[str]:
@@ -19,7 +20,9 @@ def check_impression(artifact: str, words: str, findings: Findings) -> list[str]
         said = ["expected a sentence, found none"] if chunk is None else find_slips(chunk, required, allowed)
         slips += [f"{lesion.tracking_id}: impression: {slip}" for slip in said]
     slips += _check_bottom(text, findings)
-    return [f"{artifact}: {slip}" for slip in slips] + _check_changes(artifact, parts.get("changes", ""), findings)
+    messages = [f"{artifact}: {slip}" for slip in slips]
+    messages += _check_changes(artifact, parts.get("changes", ""), findings)
+    return messages + check_words(artifact, parts.get("revision", ""), findings)
 
 
 def _find_starts(text: str, findings: Findings) -> list[tuple[int, str]]:
@@ -27,7 +30,12 @@ def _find_starts(text: str, findings: Findings) -> list[tuple[int, str]]:
     marks = [(squeeze(f"{lesion.title}:"), lesion.tracking_id) for lesion in findings.lesions]
     if findings.comparison is not None:
         marks.append((_since(findings), "changes"))
-    marks += [("Nolesionwasproposed", "none"), ("Leftblank:", "blanks"), ("Model:", "model")]
+    marks += [
+        ("Nolesionwasproposed", "none"),
+        ("Leftblank:", "blanks"),
+        (squeeze(START), "revision"),
+        ("Model:", "model"),
+    ]
     return [(text.index(mark), name) for mark, name in marks if mark in text]
 
 
@@ -50,6 +58,7 @@ def _check_top(banner: str, findings: Findings) -> list[str]:
     status = read_status(banner)
     slips = [] if status == findings.status else [f"impression: status: expected '{findings.status}', found '{status}'"]
     overall = [f"{a.label}: {a.score}." for a in findings.assessments]
+    overall += [signature_words(findings)] if findings.signature else []
     return slips + [f"study: impression: {slip}" for slip in find_slips(banner, overall)]
 
 

@@ -50,7 +50,8 @@ def _describe_edit(edit: Edit) -> str:
     return f"{edit.title}, {edit.label} changed from {before} to {after} {by}"
 
 
-def _describe_dropped(row: Dropped) -> str:
+def describe_dropped(row: Dropped) -> str:
+    """Which finding is no longer reported, and why."""
     name = f"{row.finding.title} ({row.finding.tracking_id})"
     if row.why == "rejected" and row.at is not None:
         return f"{name} rejected {_by(row.person, row.at, row.reason)}"
@@ -68,7 +69,7 @@ def revision_sentences(findings: Findings) -> list[str]:
     """Withdrawal, own report, signature, what a person changed or accepted, what is no longer reported: one line
     each."""
     edits = [_describe_edit(edit) for edit in findings.edits if edit.kind != "rejected"]
-    dropped = [_describe_dropped(row) for row in findings.dropped]
+    dropped = [describe_dropped(row) for row in findings.dropped]
     who = [s for s in (own_report_sentence(findings), signature_sentence(findings)) if s]
     lines = [*_withdrawal(findings), *who, *edits, *dropped]
     return [f"{LEAD}{line.removesuffix('.')}." for line in lines]

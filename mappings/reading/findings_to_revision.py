@@ -24,7 +24,9 @@ def edit_findings(released: Findings, edits: Sequence[Edit], now: datetime) -> F
     if not edits:
         raise RevisionRefused("No change was given.")
     if released.status in SIGNED:
-        raise RevisionRefused(f"The result is {released.status}: a change to it must be signed. Sign it with the change.")
+        raise RevisionRefused(
+            f"The result is {released.status}: a change to it must be signed. Sign it with the change."
+        )
     _check_status(released, "preliminary")
     return apply_edits(start_revision(released, now), edits, released.revision + 1)
 

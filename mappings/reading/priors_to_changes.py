@@ -179,9 +179,7 @@ def match_lesions(
     return (*rows, *(LesionChange("gone", days, prior=_ref(prior, lesion)) for lesion in gone))
 
 
-def pair_lesions(
-    current: Findings, placed: Sequence[Finding], gates: Gates
-) -> tuple[Pairs, Mapping[int, set[int]]]:
+def pair_lesions(current: Findings, placed: Sequence[Finding], gates: Gates) -> tuple[Pairs, Mapping[int, set[int]]]:
     """Which of `placed` (lesions of another reading, at their places in the current one) each current lesion is, by
     position in both; and for each current lesion that the positions do not decide, those that it may be."""
     costs = _costs(current, placed, gates)

@@ -141,9 +141,7 @@ def _match(released: Findings, rerun: Findings) -> dict[str, Finding]:
         olds = tuple(move_lesion(lesion, transform) for lesion in olds)
     best, doubtful = pair_lesions(rerun, olds, DEFAULT_GATES)
     return {
-        rerun.lesions[row].tracking_id: released.lesions[column]
-        for row, column in best.items()
-        if row not in doubtful
+        rerun.lesions[row].tracking_id: released.lesions[column] for row, column in best.items() if row not in doubtful
     }
 
 
