@@ -1,18 +1,29 @@
 """Results as they go through revisions: signed, changed, rejected, read again; each rendered after the one before."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any
 
+import jinja2
+
 from mappings.model import codes
 from mappings.model.findings import Findings
 from mappings.model.revision import Edit, EditKind, OwnReport, Rejection, Signature
+from mappings.outputs.dicom_header import write_dicom
+from mappings.outputs.findings_to_bundle import findings_to_bundle
+from mappings.outputs.findings_to_draft import draft_environment, findings_to_draft
+from mappings.outputs.findings_to_oru import findings_to_oru
+from mappings.outputs.findings_to_rejection_note import findings_to_rejection_note
+from mappings.outputs.findings_to_seg import findings_to_seg
+from mappings.outputs.findings_to_sr import findings_to_sr
 from mappings.reading.findings_to_revision import edit_findings, note_own_report, sign_findings, withdraw_findings
 from mappings.reading.rerun_to_revision import adopt_rerun, merge_rerun
 from mappings.rules import pirads_v2_1
-from tests.builders import NOW, build_findings, build_gland, build_lesion
-from tests.renderings import place_findings, render_contents
+from tests.builders import NOW, build_findings, build_gland, build_lesion, build_masks
+from tests.dicom_sources import build_sources
+from tests.renderings import TEMPLATES, load_prostate_protocol, place_findings, render_contents
 
 FERRER, WEISS = "Ferrer^Rosa^^Dr", "Weiß^Jörg"
 OWN_WORDS = "Index lesion in the right PZ, 9 mm.\n\nNo extraprostatic extension."
@@ -125,4 +136,24 @@ def build_chains() -> dict[str, tuple[Findings, ...]]:
         "gland rejected": (start, edit_findings(start, [edit("rejected", "gland")], at(4))),
         "rerun adopted": (start, final, adopt_rerun(final, read_again(start, without=1), signed_by(), at(14))),
         "own report": (start, note_own_report(start, OwnReport("F", at(2)), at(3))),
+    }
+
+
+def render_messages(findings: Findings, former_oru: bytes | None) -> Contents:
+    """SEG, SR, ORU, Bundle and the report of one revision: everything but its pictures."""
+    sources = build_sources()
+    seg = findings_to_seg(findings, build_masks(), sources)
+    page = findings_to_draft(findings, draft_environment(jinja2.FileSystemLoader(TEMPLATES)), "prostate_mri")
+    procedure = load_prostate_protocol().procedure
+    oru = findings_to_oru(findings, text=page.text, former=former_oru, procedure=procedure)
+    bundle = findings_to_bundle(findings, html=page.html, text=page.text, procedure=procedure)
+    note = findings_to_rejection_note(findings, sources)
+    return {
+        **({"seg.dcm": write_dicom(seg)} if seg is not None else {}),
+        "sr.dcm": write_dicom(findings_to_sr(findings, seg, sources)),
+        **({"rejection.dcm": write_dicom(note)} if note is not None else {}),
+        "oru.hl7": oru,
+        "fhir-bundle.json": json.dumps(bundle).encode(),
+        "report.txt": page.text.encode(),
+        "report.html": page.html.encode(),
     }

@@ -78,9 +78,9 @@ def findings_to_sr(findings: Findings, seg: Dataset | None, sources: Sequence[Da
     for the whole study (overall category, PSA, what was left blank) is the TID 1501 group "study".
 
     Verification Flag is VERIFIED only where a person signed, who is the Verifying Observer. Completion Flag (PS3.3
-    C.17.2: completeness by the writer's own criterion) is COMPLETE only where nothing that the protocol asks for was
-    left blank; otherwise PARTIAL, and Completion Flag Description names what is missing. Preliminary Flag follows
-    `findings.status`.
+    C.17.2: completeness by the writer's own criterion) is COMPLETE where a person signed (VERIFIED is allowed with
+    nothing else) or nothing that the protocol asks for was left blank; otherwise PARTIAL. Completion Flag Description
+    names what was left blank. Preliminary Flag follows `findings.status`; a withdrawal by a person is final too.
     Equal arguments give equal bytes. Raises ValueError where `sources` is empty.
     """
     if not sources:
@@ -94,8 +94,8 @@ def findings_to_sr(findings: Findings, seg: Dataset | None, sources: Sequence[Da
         sop_instance_uid=derive_uid(findings.job_id, findings.revision, "sr"),
         instance_number=1,
         manufacturer=MANUFACTURER,
-        is_complete=not _find_missing(findings),
-        is_final=findings.status in FINAL_STATES,
+        is_complete=findings.signature is not None or not _find_missing(findings),
+        is_final=findings.status in FINAL_STATES or findings.rejection is not None,
         is_verified=findings.signature is not None,
         verifying_observer_name=person_name(findings.signature.person) if findings.signature else None,
         verifying_organization=shorten(findings.signature.organisation) if findings.signature else None,
@@ -334,7 +334,8 @@ def _find_missing(findings: Findings) -> list[str]:
 def _describe_completion(report: Dataset, findings: Findings) -> None:
     missing = _find_missing(findings)
     if missing:
-        report.CompletionFlagDescription = shorten("Missing: " + ", ".join(missing))
+        lead = "Missing" if findings.signature is None else "Complete as signed, left blank"
+        report.CompletionFlagDescription = shorten(f"{lead}: {', '.join(missing)}")
         if findings.status == "entered-in-error":
             report.CompletionFlagDescription = "Withdrawn: entered in error"
 

@@ -90,9 +90,10 @@ def number_observations(groups: Sequence[Group], sent: Sequence[Sent]) -> Iterat
 
 
 def _number_items(observations: Sequence[list[Field]], sent: Sequence[Sent]) -> Iterator[int]:
-    """The n-th observation of a kind has the number that the n-th of that kind had."""
+    """The n-th observation of a kind has the number that the n-th of that kind had. One that was deleted is not given
+    again, but for lines of text, which have no value of their own."""
     before: dict[tuple[str, str], list[int]] = {}
-    for row in sent:
+    for row in (row for row in sent if not row.deleted or row.code in _NARRATIVES):
         before.setdefault(_identity(row.observation), []).append(row.item)
     free, seen = max((row.item for row in sent), default=0), Counter[tuple[str, str]]()
     for fields in observations:

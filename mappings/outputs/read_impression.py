@@ -3,12 +3,12 @@
 from mappings.model.findings import Findings
 from mappings.outputs.read_changes import impression_lines
 from mappings.outputs.read_facts import Facts, compare, find_slips, lesion_pieces, prose, read_status, squeeze
-from mappings.outputs.read_revision import START, check_words, signature_words
+from mappings.outputs.read_revision import signature_words, take_lines
 
 
 def check_impression(artifact: str, words: str, findings: Findings) -> list[str]:
     """What the impression says wrongly of status, categories, each lesion, blanks and model."""
-    text = squeeze(words)
+    told, text = take_lines(squeeze(words), findings)
     starts = sorted(_find_starts(text, findings))
     ends = [*(start for start, _ in starts[1:]), len(text)]
     parts = {name: text[start:end] for (start, name), end in zip(starts, ends, strict=True)}
@@ -22,7 +22,7 @@ def check_impression(artifact: str, words: str, findings: Findings) -> list[str]
     slips += _check_bottom(text, findings)
     messages = [f"{artifact}: {slip}" for slip in slips]
     messages += _check_changes(artifact, parts.get("changes", ""), findings)
-    return messages + check_words(artifact, parts.get("revision", ""), findings)
+    return messages + [f"{artifact}: {slip}" for slip in told]
 
 
 def _find_starts(text: str, findings: Findings) -> list[tuple[int, str]]:
@@ -30,12 +30,7 @@ def _find_starts(text: str, findings: Findings) -> list[tuple[int, str]]:
     marks = [(squeeze(f"{lesion.title}:"), lesion.tracking_id) for lesion in findings.lesions]
     if findings.comparison is not None:
         marks.append((_since(findings), "changes"))
-    marks += [
-        ("Nolesionwasproposed", "none"),
-        ("Leftblank:", "blanks"),
-        (squeeze(START), "revision"),
-        ("Model:", "model"),
-    ]
+    marks += [("Nolesionwasproposed", "none"), ("Leftblank:", "blanks"), ("Model:", "model")]
     return [(text.index(mark), name) for mark, name in marks if mark in text]
 
 

@@ -147,7 +147,7 @@ def _read_head(facts: Facts, segments: Sequence[Segment]) -> None:
             facts.add(MESSAGE, f"{segment.name}-{field}", withheld(segment.part(field)))
     facts.add(MESSAGE, "OBR-4", _code(obr, 4))
     facts.add(MESSAGE, "OBR-22", _time(obr.raw(22)))
-    read_interpreter(facts, MESSAGE, obr.raw(32))
+    read_interpreter(facts, MESSAGE, obr.raw(32), _unescape)
     for field in (7, 24, 25):
         facts.add(MESSAGE, f"OBR-{field}", obr.raw(field))
 

@@ -1,6 +1,6 @@
 """What an ORU must say of the one that it replaces: same sub-ids for the same observations, the rest deleted."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from mappings.model.findings import Findings
 from mappings.outputs.read_facts import Facts, compare, withheld
@@ -69,9 +69,9 @@ def _check_told(findings: Findings, live: Mapping[str, Row], gone: Mapping[str, 
     ]
 
 
-def read_interpreter(facts: Facts, where: str, field: str) -> None:
-    """OBR-32: number, family and given name of who signed."""
-    parts = (field.split("~")[0].split("^")[0].split("&") + [""] * 6)[:4]
+def read_interpreter(facts: Facts, where: str, field: str, unescape: Callable[[str], str]) -> None:
+    """OBR-32: number, family, given and middle name of who signed."""
+    parts = [unescape(part) for part in (field.split("~")[0].split("^")[0].split("&") + [""] * 6)[:4]]
     facts.add(where, "OBR-32", withheld("|".join(parts)))
 
 

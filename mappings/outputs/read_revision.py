@@ -86,9 +86,14 @@ def check_lines(artifact: str, lines: Sequence[str], findings: Findings) -> list
     return compare(artifact, expected, found)
 
 
-def check_words(artifact: str, chunk: str, findings: Findings) -> list[str]:
-    """The same for a squeezed text that holds the lines one after the other and nothing else."""
-    return check_lines(artifact, [f"{START}{part}" for part in chunk.split(squeeze(START))[1:]], findings)
+def take_lines(text: str, findings: Findings) -> tuple[list[str], str]:
+    """What is wrong with the lines in a squeezed text, and the text without them: people's words may look like any
+    other line of it."""
+    block = squeeze("".join(expect_lines(findings)))
+    rest = text.replace(block, "", 1) if block else text
+    slips = [] if block in text else [f"{WHERE}: line: expected the {len(expect_lines(findings))} lines on it"]
+    strange = squeeze(START) in rest and not slips
+    return slips + ([f"{WHERE}: line: expected no more lines on it, found one"] if strange else []), rest
 
 
 def check_own_words(artifact: str, words: str, findings: Findings) -> list[str]:

@@ -132,11 +132,13 @@ def _read_request(facts: Facts, item: Dataset) -> None:
 def _expect_document(findings: Findings) -> Facts:
     facts = Facts()
     withdrawn = findings.status == "entered-in-error"
-    missing = "Missing: " + ", ".join(blank.name for blank in findings.blanks) if findings.blanks else ""
+    lead = "Complete as signed, left blank: " if findings.signature else "Missing: "
+    missing = lead + ", ".join(blank.name for blank in findings.blanks) if findings.blanks else ""
+    partial = findings.signature is None and bool(withdrawn or missing)
     facts.add(DOCUMENT, "VerificationFlag", "VERIFIED" if findings.signature else "UNVERIFIED")
     _expect_signature(facts, findings)
-    facts.add(DOCUMENT, "CompletionFlag", "PARTIAL" if withdrawn or missing else "COMPLETE")
-    facts.add(DOCUMENT, "PreliminaryFlag", "FINAL" if findings.status in FINAL else "PRELIMINARY")
+    facts.add(DOCUMENT, "CompletionFlag", "PARTIAL" if partial else "COMPLETE")
+    facts.add(DOCUMENT, "PreliminaryFlag", "FINAL" if findings.status in FINAL or findings.rejection else "PRELIMINARY")
     facts.add(DOCUMENT, "CompletionFlagDescription", head("Withdrawn: entered in error" if withdrawn else missing))
     facts.add(DOCUMENT, "procedure", name_of(_procedure(findings)))
     model = findings.model

@@ -104,9 +104,8 @@ def keep_identities(released: Findings, rerun: Findings) -> Findings:
     """`rerun` with the tracking ids, UIDs and titles of `released` where a lesion is the same, and with ids that no
     revision ever used where it is not, in findings, segments, blanks and the comparison."""
     matched = _match(released, rerun)
-    taken = [int(m[1]) for f in _ever(released) if (m := _NUMBER.fullmatch(f.tracking_id))]
-    free = max(taken, default=0)
-    renamed: dict[str, Finding] = {}
+    free = max((int(m[1]) for f in _ever(released) if (m := _NUMBER.fullmatch(f.tracking_id))), default=0)
+    renamed = _name_gland(released, rerun)
     for lesion in rerun.lesions:
         if (old := matched.get(lesion.tracking_id)) is not None:
             named = replace(lesion, tracking_id=old.tracking_id, tracking_uid=old.tracking_uid, title=old.title)
@@ -116,14 +115,19 @@ def keep_identities(released: Findings, rerun: Findings) -> Findings:
             uid = derive_uid(rerun.job_id, "finding", tracking_id)
             named = replace(lesion, tracking_id=tracking_id, tracking_uid=uid, title=f"Lesion {free}")
         renamed[lesion.tracking_id] = named
-    gland, dropped = rerun.gland, {row.finding.tracking_uid for row in released.dropped}
-    if gland is not None and gland.tracking_uid in dropped:
-        # What was withdrawn once stays so: a gland that is found again is another observation.
-        uid = derive_uid(rerun.job_id, "finding", gland.tracking_id, released.revision + 1)
-        renamed[gland.tracking_id] = replace(gland, tracking_uid=uid)
-    elif gland is not None and released.gland is not None:
-        renamed[gland.tracking_id] = replace(gland, tracking_uid=released.gland.tracking_uid)
     return _rename(rerun, renamed)
+
+
+def _name_gland(released: Findings, rerun: Findings) -> dict[str, Finding]:
+    """The gland under the UID that it has. What was withdrawn once stays so: a gland that is found again after it was
+    lost is another observation."""
+    gland, known = rerun.gland, released.gland
+    if gland is None:
+        return {}
+    uid = known.tracking_uid if known is not None else gland.tracking_uid
+    if uid in {row.finding.tracking_uid for row in released.dropped}:
+        uid = derive_uid(rerun.job_id, "finding", gland.tracking_id, released.revision + 1)
+    return {gland.tracking_id: replace(gland, tracking_uid=uid)}
 
 
 def _ever(released: Findings) -> Sequence[Finding]:
