@@ -48,6 +48,33 @@ def adopt_rerun(released: Findings, rerun: Findings, signature: Signature, now: 
     return replace(content, status=choose_signed_status(released, content), signature=signature)
 
 
+def reports_the_same(released: Findings, rerun: Findings) -> bool:
+    """Whether a re-run says nothing new: equal but for numbers, times, status, what people did, and why other series
+    were not read. Compare with the last reading where a person changed the result after it: their changes are no news
+    of the model's."""
+    named = keep_identities(released, rerun)
+    return _neutral(released, named) == _neutral(named, named)
+
+
+def _neutral(findings: Findings, like: Findings) -> Findings:
+    """`findings` with everything of `like` that does not count."""
+    return replace(
+        findings,
+        revision=like.revision,
+        created_at=like.created_at,
+        status=like.status,
+        predecessor_revision=like.predecessor_revision,
+        predecessor=like.predecessor,
+        signature=like.signature,
+        edits=like.edits,
+        report_text=like.report_text,
+        dropped=like.dropped,
+        blank_assessments=like.blank_assessments,
+        own_report=like.own_report,
+        roles=tuple(replace(role, reasons=()) for role in findings.roles),
+    )
+
+
 def _describe_rerun(released: Findings, rerun: Findings, signature: Signature) -> Edit:
     before, after = (f"{f.model.name} {f.model.version}" for f in (released, rerun))
     count = len(released.edits)

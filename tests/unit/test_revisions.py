@@ -13,7 +13,7 @@ from mappings.model.context import ContextValue
 from mappings.model.findings import Blank, Findings
 from mappings.model.revision import Difference, Edit, OwnReport, Rejection, RevisionRefused, Signature
 from mappings.reading.findings_to_revision import edit_findings, note_own_report, sign_findings, withdraw_findings
-from mappings.reading.rerun_to_revision import adopt_rerun, keep_identities, merge_rerun
+from mappings.reading.rerun_to_revision import adopt_rerun, keep_identities, merge_rerun, reports_the_same
 from mappings.reading.revisions_to_difference import diff
 from tests.builders import NOW, build_context
 from tests.comparisons import build_compared
@@ -410,6 +410,18 @@ def test_a_person_may_take_a_re_run_over_and_it_is_said() -> None:
     assert (adopted.status, made.kind, made.person) == ("final", "rerun", WEISS)
     assert made.reason == "changes by hand that it does not have: 2"
     assert score("lesion-1", adopted) == "4"
+
+
+def test_a_re_run_that_says_nothing_new_is_told_from_one_that_does() -> None:
+    start = first()
+    same = replace(read_again(start, version="1"), created_at=at(30), revision=7)
+    assert reports_the_same(start, replace(start, created_at=at(30)))
+    assert reports_the_same(CHAINS["final"][-1], replace(start, created_at=at(30)))
+    assert not reports_the_same(start, same), "the lesions stand in another order"
+    assert not reports_the_same(start, read_again(start, without=1))
+    assert not reports_the_same(start, replace(start, blanks=()))
+    merged = merge_rerun(start, same, at(31))
+    assert reports_the_same(merged, same)
 
 
 @pytest.mark.parametrize(
