@@ -25,7 +25,7 @@ from tests.builders import NOW, build_findings, build_gland, build_lesion, build
 from tests.dicom_sources import build_sources
 from tests.renderings import TEMPLATES, load_prostate_protocol, place_findings, render_contents
 
-FERRER, WEISS = "Ferrer^Rosa^^Dr", "Weiß^Jörg"
+FERRER, WEISS = "Ferrer^Rosa^^Dr", "Weiß^Jörg^^"
 OWN_WORDS = "Index lesion in the right PZ, 9 mm.\n\nNo extraprostatic extension."
 Contents = dict[str, bytes]
 

@@ -3,6 +3,7 @@
 Person names are written as DICOM writes them (PS3.5 6.2.1): `family^given^middle^prefix^suffix`.
 """
 
+import re
 from dataclasses import dataclass
 from datetime import date, datetime
 from typing import Literal
@@ -10,6 +11,11 @@ from typing import Literal
 EditKind = Literal["accepted", "rejected", "measurement", "score", "psa", "text", "rerun"]
 """What a person did: a finding accepted or rejected; a measurement, an input of the scoring rule, the PSA in use or
 the report's own words changed; another reading taken over in the place of the result."""
+
+
+LONGEST_NAME = 64
+PN_GROUPS, PN_COMPONENTS = 3, 5
+_UNFIT = re.compile(r"[\\\x00-\x1f\x7f-\x9f]")
 
 
 class RevisionRefused(ValueError):
@@ -27,8 +33,11 @@ class Signature:
     identifier: str = ""
 
     def __post_init__(self) -> None:
-        if not self.person.strip("^ =") or not self.organisation.strip():
-            raise ValueError("a signature needs the person's name and the organisation")
+        check_person(self.person, "a signature")
+        if not self.organisation.strip() or len(self.organisation) > LONGEST_NAME or _UNFIT.search(self.organisation):
+            raise ValueError(
+                f"a signature needs the organisation, in {LONGEST_NAME} characters without backslash or controls"
+            )
         check_aware(self.signed_at, "a signature")
 
 
@@ -54,8 +63,7 @@ class Edit:
     after: str = ""
 
     def __post_init__(self) -> None:
-        if not self.person.strip("^ ="):
-            raise ValueError("an edit needs the name of the person who made it")
+        check_person(self.person, "an edit")
         check_aware(self.at, "an edit")
 
 
@@ -69,8 +77,9 @@ class Rejection:
     revision: int = 0
 
     def __post_init__(self) -> None:
-        if not self.person.strip("^ =") or not self.reason.strip():
-            raise ValueError("a rejection needs the person's name and a reason")
+        check_person(self.person, "a rejection")
+        if not self.reason.strip():
+            raise ValueError("a rejection needs a reason")
         check_aware(self.at, "a rejection")
 
 
@@ -121,6 +130,17 @@ class Difference:
     def only_adds(self) -> bool:
         """Whether everything that was said still stands."""
         return not self.removed and all(not change.before for change in self.changed)
+
+
+def check_person(name: str, what: str) -> None:
+    """Raise ValueError for a name that is empty or that DICOM could not hold (PS3.5 6.2.1)."""
+    groups = name.split("=")
+    fits = len(groups) <= PN_GROUPS and all(len(g) <= LONGEST_NAME and g.count("^") < PN_COMPONENTS for g in groups)
+    if not name.strip("^ =") or not fits or _UNFIT.search(name):
+        raise ValueError(
+            f"{what} needs the person's name as family^given^middle^prefix^suffix, in {LONGEST_NAME} characters "
+            "without backslash or controls"
+        )
 
 
 def check_aware(moment: datetime | date, what: str) -> None:

@@ -223,12 +223,6 @@ def verification_words(findings: Findings) -> str:
     return VERIFIED if findings.signature is not None else NOT_VERIFIED
 
 
-def person_name(name: str) -> str:
-    """A PN value that may be written: three groups of five components at most, 64 characters a group (PS3.5 6.2)."""
-    groups = ["^".join(group.replace("\\", "/").split("^")[:5]) for group in name.split("=")[:3]]
-    return "=".join(group[:64].rstrip("^ ") for group in groups)
-
-
 def device_uid(findings: Findings) -> str:
     """The Device Observer UID: one for each version of the model."""
     model = findings.model

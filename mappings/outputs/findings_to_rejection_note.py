@@ -19,7 +19,7 @@ from pydicom.uid import (
     SegmentationStorage,
 )
 
-from mappings.model.codes import Code
+from mappings.model import codes
 from mappings.model.findings import Findings
 from mappings.model.ids import derive_uid
 from mappings.model.revision import Predecessor
@@ -31,7 +31,6 @@ from mappings.outputs.dicom_header import (
     copy_image_header,
     describe_model,
     local_time,
-    person_name,
     serial_number,
     set_times,
     shorten,
@@ -40,8 +39,6 @@ from mappings.outputs.dicom_header import (
 from mappings.outputs.revision_words import LEAD, revision_sentences
 
 SERIES_NUMBER = 1004
-QUALITY = Code("113001", "DCM", "Rejected for Quality Reasons")
-PATIENT_SAFETY = Code("113037", "DCM", "Rejected for Patient Safety Reasons")
 
 
 def findings_to_rejection_note(findings: Findings, sources: Sequence[Dataset]) -> Dataset | None:
@@ -61,7 +58,7 @@ def findings_to_rejection_note(findings: Findings, sources: Sequence[Dataset]) -
         _complete(item, sources[0])
     withdrawn = findings.status == "entered-in-error"
     selection = KeyObjectSelection(
-        document_title=concept(PATIENT_SAFETY if withdrawn else QUALITY),
+        document_title=concept(codes.REJECTED_FOR_PATIENT_SAFETY if withdrawn else codes.REJECTED_FOR_QUALITY),
         referenced_objects=rejected,
         observer_person_context=_observer(findings),
         description=_describe(findings),
@@ -121,7 +118,7 @@ def _observer(findings: Findings) -> ObserverContext | None:
     person = findings.rejection.person if findings.rejection else signed.person if signed else ""
     if not person:
         return None
-    attributes = PersonObserverIdentifyingAttributes(name=person_name(person))
+    attributes = PersonObserverIdentifyingAttributes(name=person)
     return ObserverContext(observer_type=dicom_codes.DCM.Person, observer_identifying_attributes=attributes)
 
 

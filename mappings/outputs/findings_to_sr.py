@@ -46,7 +46,6 @@ from mappings.outputs.dicom_header import (
     describe_model,
     device_uid,
     local_time,
-    person_name,
     private_schemes,
     serial_number,
     set_times,
@@ -97,7 +96,7 @@ def findings_to_sr(findings: Findings, seg: Dataset | None, sources: Sequence[Da
         is_complete=findings.signature is not None or not _find_missing(findings),
         is_final=findings.status in FINAL_STATES or findings.rejection is not None,
         is_verified=findings.signature is not None,
-        verifying_observer_name=person_name(findings.signature.person) if findings.signature else None,
+        verifying_observer_name=findings.signature.person if findings.signature else None,
         verifying_organization=shorten(findings.signature.organisation) if findings.signature else None,
         previous_versions=_predecessors(findings),
         requested_procedures=_requests(findings, sources[0]),
@@ -151,7 +150,7 @@ def _person_observer(findings: Findings) -> ObserverContext | None:
     if findings.signature is None:
         return None
     attributes = PersonObserverIdentifyingAttributes(
-        name=person_name(findings.signature.person), organization_name=shorten(findings.signature.organisation)
+        name=findings.signature.person, organization_name=shorten(findings.signature.organisation)
     )
     return ObserverContext(observer_type=dicom_codes.DCM.Person, observer_identifying_attributes=attributes)
 

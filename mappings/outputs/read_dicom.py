@@ -49,7 +49,7 @@ def find_references(dataset: Dataset) -> Iterator[str]:
             yield str(element.value)
 
 
-def _plain_name(name: str) -> str:
+def plain_name(name: str) -> str:
     """A person name without the separators that carry nothing."""
     return "=".join(group.strip("^ ") for group in name.split("=")).rstrip("=")
 
@@ -68,7 +68,7 @@ def read_header(dataset: Dataset, findings: Findings) -> Facts:
     facts = Facts()
     for keyword in ("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID"):
         facts.add(DOCUMENT, keyword, text_of(dataset, keyword))
-    facts.add(DOCUMENT, "PatientName", withheld(_plain_name(text_of(dataset, "PatientName"))))
+    facts.add(DOCUMENT, "PatientName", withheld(plain_name(text_of(dataset, "PatientName"))))
     for keyword, known in _identity(findings).items():
         if known or keyword in ("PatientID", "AccessionNumber"):
             facts.add(DOCUMENT, keyword, withheld(text_of(dataset, keyword)))
@@ -109,7 +109,7 @@ def expect_header(findings: Findings, sop_class_uid: str, name: str, series: str
     facts.add(DOCUMENT, "SOPInstanceUID", derive_uid(findings.job_id, findings.revision, name))
     facts.add(DOCUMENT, "SeriesInstanceUID", derive_uid(findings.job_id, findings.revision, series))
     facts.add(DOCUMENT, "StudyInstanceUID", findings.study_instance_uid)
-    facts.add(DOCUMENT, "PatientName", withheld(_plain_name(findings.patient.name.strip())))
+    facts.add(DOCUMENT, "PatientName", withheld(plain_name(findings.patient.name.strip())))
     for keyword, known in _identity(findings).items():
         if known or keyword in ("PatientID", "AccessionNumber"):
             facts.add(DOCUMENT, keyword, withheld(known.strip()))

@@ -11,6 +11,7 @@ from mappings.outputs.read_dicom import (
     find_references,
     items_of,
     merge,
+    plain_name,
     read_code,
     read_header,
     text_of,
@@ -51,7 +52,7 @@ def _read_note(note: Dataset) -> Facts:
         for uid in find_references(item):
             facts.add(DOCUMENT, "rejects", uid)
         if text_of(item, "ValueType") == "PNAME":
-            facts.add(DOCUMENT, "observer", withheld(text_of(item, "PersonName")))
+            facts.add(DOCUMENT, "observer", withheld(plain_name(text_of(item, "PersonName"))))
     for study in items_of(note, "CurrentRequestedProcedureEvidenceSequence"):
         facts.add(DOCUMENT, "study of what it rejects", text_of(study, "StudyInstanceUID"))
         for uid in find_references(study):
@@ -67,6 +68,8 @@ def _expect_note(findings: Findings) -> Facts:
         facts.add(DOCUMENT, "evidence", uid)
     signed, withdrew = findings.signature, findings.rejection
     if signed or withdrew:
-        facts.add(DOCUMENT, "observer", withheld(withdrew.person if withdrew else signed.person if signed else ""))
+        facts.add(
+            DOCUMENT, "observer", withheld(plain_name(withdrew.person if withdrew else signed.person if signed else ""))
+        )
     facts.add(DOCUMENT, "study of what it rejects", findings.study_instance_uid)
     return facts

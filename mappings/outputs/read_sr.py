@@ -29,6 +29,7 @@ from mappings.outputs.read_dicom import (
     find_references,
     items_of,
     merge,
+    plain_name,
     read_code,
     read_header,
     text_of,
@@ -96,10 +97,11 @@ def _read_document(report: Dataset, findings: Findings) -> Facts:
     for keyword in ("VerificationFlag", "CompletionFlag", "PreliminaryFlag"):
         facts.add(DOCUMENT, keyword, text_of(report, keyword))
     for item in items_of(report, "VerifyingObserverSequence"):
-        for keyword in ("VerifyingObserverName", "VerifyingOrganization", "VerificationDateTime"):
+        facts.add(DOCUMENT, "VerifyingObserverName", withheld(plain_name(text_of(item, "VerifyingObserverName"))))
+        for keyword in ("VerifyingOrganization", "VerificationDateTime"):
             facts.add(DOCUMENT, keyword, withheld(text_of(item, keyword)))
     for item in _children(report, PERSON_OBSERVER):
-        facts.add(DOCUMENT, "person observer", withheld(text_of(item, "PersonName")))
+        facts.add(DOCUMENT, "person observer", withheld(plain_name(text_of(item, "PersonName"))))
     facts.add(DOCUMENT, "CompletionFlagDescription", head(text_of(report, "CompletionFlagDescription")))
     for item in _children(report, PROCEDURE):
         facts.add(DOCUMENT, "procedure", read_code(item, "ConceptCodeSequence"))
@@ -155,10 +157,10 @@ def _expect_document(findings: Findings) -> Facts:
 def _expect_signature(facts: Facts, findings: Findings) -> None:
     signed = findings.signature
     if signed is not None:
-        facts.add(DOCUMENT, "VerifyingObserverName", withheld(signed.person))
-        facts.add(DOCUMENT, "VerifyingOrganization", withheld(signed.organisation))
+        facts.add(DOCUMENT, "VerifyingObserverName", withheld(plain_name(signed.person)))
+        facts.add(DOCUMENT, "VerifyingOrganization", withheld(signed.organisation.strip()))
         facts.add(DOCUMENT, "VerificationDateTime", withheld(f"{signed.signed_at:%Y%m%d%H%M%S%z}"))
-        facts.add(DOCUMENT, "person observer", withheld(signed.person))
+        facts.add(DOCUMENT, "person observer", withheld(plain_name(signed.person)))
 
 
 def _procedure(findings: Findings) -> Code:

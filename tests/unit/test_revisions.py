@@ -107,6 +107,11 @@ def test_nothing_follows_a_withdrawn_result(follow: Callable[[Findings], Finding
     [
         lambda: Signature("^^", "St. Elsewhere", NOW),
         lambda: Signature(FERRER, " ", NOW),
+        lambda: Signature(FERRER, "x" * 65, NOW),
+        lambda: Signature("x" * 65, "St. Elsewhere", NOW),
+        lambda: Signature("a^b^c^d^e^f", "St. Elsewhere", NOW),
+        lambda: Signature("Ferrer\\Rosa", "St. Elsewhere", NOW),
+        lambda: Edit("accepted", "Ferrer\r^Rosa", NOW),
         lambda: Signature(FERRER, "St. Elsewhere", datetime(2026, 3, 4)),
         lambda: Edit("accepted", "", NOW),
         lambda: Edit("accepted", FERRER, datetime(2026, 3, 4)),
