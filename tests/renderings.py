@@ -57,12 +57,14 @@ def render_contents(
     masks: Masks | None = None,
     template: str = "prostate_mri",
     ehr_gave_context: bool = True,
+    former_oru: bytes | None = None,
     **headers: object,
 ) -> dict[str, bytes]:
     """All artifacts of `findings` by name; `headers` change the source images' headers."""
     findings = place_findings(build_findings()) if findings is None else findings
     masks = build_masks() if masks is None else masks
-    return render_result(findings, masks, None, template=template, ehr_gave_context=ehr_gave_context, **headers)
+    known = {"template": template, "ehr_gave_context": ehr_gave_context, "former_oru": former_oru}
+    return render_result(findings, masks, None, **known, **headers)  # type: ignore[arg-type]
 
 
 def render_result(
@@ -72,6 +74,7 @@ def render_result(
     *,
     template: str = "prostate_mri",
     ehr_gave_context: bool = True,
+    former_oru: bytes | None = None,
     **headers: object,
 ) -> dict[str, bytes]:
     """All artifacts of `findings` by name, on the sources of the shape of `masks`."""
@@ -82,7 +85,7 @@ def render_result(
     protocol = replace(protocol, outputs=replace(protocol.outputs, template=template))
     addresses = Addresses("WETREAD", "HOSPITAL", "RIS", "HOSPITAL", "T", UTC, ehr_gave_context)
     environment = draft_environment(jinja2.FileSystemLoader(TEMPLATES))
-    return {a.name: a.data for a in render_all(findings, protocol, masks, images, environment, addresses)}
+    return {a.name: a.data for a in render_all(findings, protocol, masks, images, environment, addresses, former_oru)}
 
 
 def read_random_result(seed: int) -> tuple[Findings, dict[str, Mask], dict[str, Volume]]:

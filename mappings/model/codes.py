@@ -82,3 +82,7 @@ PIRADS_T2WI = Code("130561", "DCM", "PI-RADS T2WI Lesion Assessment")
 PIRADS_DWI = Code("130562", "DCM", "PI-RADS DWI Lesion Assessment")
 PIRADS_DCE = Code("130563", "DCM", "PI-RADS DCE Lesion Assessment")
 PIRADS_OVERALL = Code("130554", "DCM", "Overall Prostate Finding")
+
+# Titles of a rejection note (PS3.16 CID 7011; IHE Radiology, Imaging Object Change Management)
+REJECTED_FOR_QUALITY = Code("113001", "DCM", "Rejected for Quality Reasons")
+REJECTED_FOR_PATIENT_SAFETY = Code("113037", "DCM", "Rejected for Patient Safety Reasons")

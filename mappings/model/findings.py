@@ -1,6 +1,7 @@
 """The one findings model: every rendering (SR, SEG, ORU, FHIR, draft, key image) is a function of it.
 
-What was measured is in `measurement.py`, what changed since a prior study in `changes.py`.
+What was measured is in `measurement.py`, what changed since a prior study in `changes.py`, what people did to it
+in `revision.py`.
 """
 
 from dataclasses import dataclass, field
@@ -11,6 +12,7 @@ from mappings.model.changes import Comparison, PriorStudy
 from mappings.model.codes import Code
 from mappings.model.context import ClinicalContext, ContextValue
 from mappings.model.measurement import Evidence, Measurement
+from mappings.model.revision import Edit, OwnReport, Predecessor, Rejection, Signature
 from mappings.model.study import PatientIdentity, Vector
 
 Status = Literal["preliminary", "final", "amended", "corrected", "entered-in-error"]
@@ -98,6 +100,20 @@ class ModelIdentity:
 
 
 @dataclass(frozen=True)
+class Dropped:
+    """A finding that a former revision reported and this one does not. `revision` is the first one without it, `model`
+    what had proposed it, `person` who rejected it (empty where a re-run did not find it again)."""
+
+    finding: Finding
+    model: ModelIdentity
+    revision: int
+    why: Literal["rejected", "not found again"]
+    person: str = ""
+    at: datetime | None = None
+    reason: str = ""
+
+
+@dataclass(frozen=True)
 class RoleChoice:
     """Which series plays a role and why each candidate was chosen or refused (one sentence each)."""
 
@@ -125,6 +141,12 @@ class Findings:
     `assessments` hold for the whole study (the overall category). `procedure` codes what was done, as the
     protocol names it. `comparison` is with one of `priors`; `priors_searched` tells "no prior study was found"
     from "nobody looked".
+
+    What people did: `signature` is of the person who stands behind this revision, `edits` all that people changed over
+    the revisions, oldest first, `report_text` the report in the signing person's own words. `dropped` are findings and
+    `blank_assessments` categories of former revisions that this one no longer gives: systems that got them must
+    be told. `predecessor` says more of the revision that this one replaces, `own_report` that the radiologist's own
+    report of the study is there.
     """
 
     job_id: str
@@ -156,6 +178,14 @@ class Findings:
     comparison: Comparison | None = None
     priors: tuple[PriorStudy, ...] = ()
     priors_searched: bool = False
+    signature: Signature | None = None
+    edits: tuple[Edit, ...] = ()
+    report_text: str = ""
+    rejection: Rejection | None = None
+    dropped: tuple[Dropped, ...] = ()
+    blank_assessments: tuple[Assessment, ...] = ()
+    predecessor: Predecessor | None = None
+    own_report: OwnReport | None = None
 
     @property
     def gland(self) -> Finding | None:

@@ -17,6 +17,7 @@ from mappings.outputs.read_facts import squeeze
 from mappings.outputs.read_impression import check_impression
 from mappings.outputs.read_key_images import FOLDER, check_key_image, key_image_names
 from mappings.outputs.read_oru import ORU, check_oru, read_impression
+from mappings.outputs.read_rejection_note import NOTE, check_rejection_note, rejected_uids
 from mappings.outputs.read_report_html import HTML, check_report_html
 from mappings.outputs.read_report_text import TEXT, check_report_text
 from mappings.outputs.read_seg import check_seg, read_frames
@@ -26,12 +27,15 @@ SEG, SR = "seg.dcm", "sr.dcm"
 Masks = Mapping[str, npt.NDArray[Any]]
 
 
-def check_consistency(findings: Findings, contents: Mapping[str, bytes], masks: Masks | None) -> tuple[str, ...]:
+def check_consistency(
+    findings: Findings, contents: Mapping[str, bytes], masks: Masks | None, former_oru: bytes | None = None
+) -> tuple[str, ...]:
     """Every disagreement between the renderings and the findings, one sentence each; empty if there is none.
 
     `contents` are the rendered bytes by artifact name, `masks` the model's masks `(z, y, x)` by name, where the
-    voxels of the SEG are to be compared. A sentence names the artifact, the finding, what differs, and what was
-    expected and found; values that name a patient or an order are withheld.
+    voxels of the SEG are to be compared, `former_oru` the message of the revision that is replaced. A sentence names
+    the artifact, the finding, what differs, and what was expected and found; values that name a patient or an order
+    are withheld.
     """
     wanted = expected_names(findings)
     messages = [f"{name}: artifact: expected one, found none" for name in wanted if name not in contents]
@@ -44,13 +48,17 @@ def check_consistency(findings: Findings, contents: Mapping[str, bytes], masks: 
             messages += _attempt(name, partial(_check_dicom, name, findings, datasets, contents, masks))
         elif name in contents and name in _TEXT_CHECKS:
             messages += _attempt(name, partial(_TEXT_CHECKS[name], findings, contents))
+        elif name in contents and name == ORU:
+            messages += _attempt(name, partial(_check_oru, findings, contents, former_oru))
     return tuple(messages)
 
 
 def expected_names(findings: Findings) -> tuple[str, ...]:
-    """The artifacts that every result must have; a SEG only where there are segments."""
+    """The artifacts that every result must have; a SEG only where there are segments, a rejection note only where a
+    revision replaces objects of another."""
     images = [f"{FOLDER}/{name}.dcm" for name in key_image_names(findings)]
-    return (*([SEG] if findings.segments else []), SR, *images, ORU, BUNDLE, TEXT, HTML)
+    note = [NOTE] if rejected_uids(findings) else []
+    return (*([SEG] if findings.segments else []), SR, *images, *note, ORU, BUNDLE, TEXT, HTML)
 
 
 def _attempt(name: str, check: Callable[[], list[str]]) -> list[str]:
@@ -84,6 +92,8 @@ def _check_dicom(
         return check_seg(dataset, findings, masks)
     if name == SR:
         return check_sr(dataset, findings, _segment_sources(datasets.get(SEG)))
+    if name == NOTE:
+        return check_rejection_note(dataset, findings)
     image = name.removeprefix(f"{FOLDER}/").removesuffix(".dcm")
     messages = check_key_image(dataset, image, findings, contents.get(f"{FOLDER}/{image}.png"))
     if SR in datasets:
@@ -103,17 +113,16 @@ def _segment_sources(seg: Dataset | None) -> dict[int, set[str]] | None:
     return sources
 
 
-def _check_oru(findings: Findings, contents: Mapping[str, bytes]) -> list[str]:
+def _check_oru(findings: Findings, contents: Mapping[str, bytes], former: bytes | None) -> list[str]:
     text = contents[TEXT].decode("utf-8") if TEXT in contents else None
     impression = read_impression(contents[ORU])
-    messages = check_oru(contents[ORU], findings, text) + check_impression(ORU, impression, findings)
+    messages = check_oru(contents[ORU], findings, text, former) + check_impression(ORU, impression, findings)
     if BUNDLE in contents and squeeze(read_conclusion(contents[BUNDLE])) != squeeze(impression):
         messages.append(f"{ORU}: message: impression: expected the conclusion of {BUNDLE}, found other words")
     return messages
 
 
 _TEXT_CHECKS: Mapping[str, Callable[[Findings, Mapping[str, bytes]], list[str]]] = {
-    ORU: _check_oru,
     BUNDLE: lambda findings, contents: check_bundle_agrees(contents[BUNDLE], findings, contents),
     TEXT: lambda findings, contents: check_report_text(contents[TEXT], findings),
     HTML: lambda findings, contents: check_report_html(contents[HTML], findings),

@@ -24,6 +24,8 @@ from mappings.model.ids import derive_uid
 MANUFACTURER = "Wetread project"
 PRODUCT = "Wetread"
 NOT_VERIFIED = "AI result, not verified"
+VERIFIED = "AI result, verified by a person"
+WITHDRAWN = "AI result, WITHDRAWN, do not use"
 PRIVATE_SCHEME = "99WETREAD"
 
 STUDY_ATTRIBUTES = [
@@ -212,6 +214,13 @@ def software_versions(findings: Findings) -> list[str]:
         shorten(f"{findings.protocol_name} {findings.protocol_version}"),
         shorten(f"{findings.model.name} {findings.model.version}"),
     ]
+
+
+def verification_words(findings: Findings) -> str:
+    """What an object says first: whether a person stands behind it."""
+    if findings.status == "entered-in-error":
+        return WITHDRAWN
+    return VERIFIED if findings.signature is not None else NOT_VERIFIED
 
 
 def device_uid(findings: Findings) -> str:

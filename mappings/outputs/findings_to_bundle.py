@@ -32,20 +32,14 @@ from mappings.outputs.fhir_elements import (
     uid_identifier,
     without_empty,
 )
-from mappings.outputs.findings_to_observations import Links, findings_to_observations, full_url
+from mappings.outputs.findings_to_observations import Links, dropped_entries, findings_to_observations, full_url
 from mappings.outputs.impression import findings_to_impression
 from mappings.outputs.printable import make_printable
+from mappings.outputs.revision_words import name_person, people_of
 
 IMAGING_STUDY_CODE = Code("18748-4", "LN", "Diagnostic imaging study")
 RADIOLOGY = {"coding": [{"system": "http://terminology.hl7.org/CodeSystem/v2-0074", "code": "RAD"}]}
-ASSEMBLER = {
-    "coding": [
-        {
-            "system": "http://terminology.hl7.org/CodeSystem/provenance-participant-type",
-            "code": "assembler",
-        }
-    ]
-}
+PARTICIPANT_TYPE = "http://terminology.hl7.org/CodeSystem/provenance-participant-type"
 DATA_OPERATION = "http://terminology.hl7.org/CodeSystem/v3-DataOperation"
 
 
@@ -168,6 +162,9 @@ def _report_entry(
         "subject": links.subject,
         "effectiveDateTime": findings.study_date.isoformat() if findings.study_date else None,
         "issued": created,
+        "resultsInterpreter": [_practitioner(findings.signature.person, findings.signature.identifier)]
+        if findings.signature
+        else None,
         "result": [{"reference": entry["fullUrl"]} for entry in observations],
         "imagingStudy": [links.study],
         "conclusion": "\n".join(findings_to_impression(findings)),
@@ -180,6 +177,31 @@ def _report_entry(
     return {"fullUrl": full_url(findings, "DiagnosticReport"), "resource": without_empty(report)}
 
 
+def _practitioner(person: str, identifier: str = "") -> Json:
+    """A person by name, and by number where it is known: whether the EHR has them as Practitioner is not."""
+    known = to_identifier("", identifier, "EI") if identifier else None
+    return without_empty({"type": "Practitioner", "display": name_person(person), "identifier": known})
+
+
+def _agents(findings: Findings, links: Links) -> list[Json]:
+    """The model as assembler; who signed as verifier, everyone else who changed or withdrew something as author."""
+
+    def agent(kind: str, who: Json) -> Json:
+        return {"type": {"coding": [{"system": PARTICIPANT_TYPE, "code": kind}]}, "who": who}
+
+    signed = findings.signature
+    verifiers = [agent("verifier", _practitioner(signed.person, signed.identifier))] if signed else []
+    others = [person for person in people_of(findings) if signed is None or person != signed.person]
+    return [agent("assembler", links.device), *verifiers, *(agent("author", _practitioner(p)) for p in others)]
+
+
+def _operation(findings: Findings) -> str:
+    """What the revision did to the report (v3-DataOperation)."""
+    if findings.rejection is not None:
+        return "NULLIFY"
+    return "CREATE" if findings.revision == 1 else "UPDATE"
+
+
 def _provenance_entry(findings: Findings, links: Links, targets: list[Json]) -> Json:
     """What made the report, from which inputs. R4's Provenance has no identifier: a tag derived from job and
     revision finds it again, so each revision leaves one."""
@@ -187,18 +209,19 @@ def _provenance_entry(findings: Findings, links: Links, targets: list[Json]) -> 
     tag = {"system": PROVENANCE, "value": str(derive_uuid("provenance", findings.protocol_name, *made))}
     order = links.order if findings.context.order else None
     sources = [reference for reference in (links.study, order, links.psa, prior_report(findings)) if reference]
-    operation = "CREATE" if findings.revision == 1 else "UPDATE"
+    rejection = findings.rejection
     provenance = {
         "resourceType": "Provenance",
         "meta": {"tag": [{"system": PROVENANCE, "code": tag["value"]}]},
         "target": [{"reference": target["fullUrl"]} for target in targets],
         "recorded": findings.created_at.isoformat(),
-        "activity": {"coding": [{"system": DATA_OPERATION, "code": operation}]},
-        "agent": [{"type": ASSEMBLER, "who": links.device}],
+        "reason": [{"text": rejection.reason}] if rejection else None,
+        "activity": {"coding": [{"system": DATA_OPERATION, "code": _operation(findings)}]},
+        "agent": _agents(findings, links),
         "entity": [{"role": "source", "what": source} for source in sources],
     }
     url = full_url(findings, "Provenance", *made)
-    return _create(url, provenance, to_query(tag, "_tag"))
+    return _create(url, without_empty(provenance), to_query(tag, "_tag"))
 
 
 def findings_to_bundle(
@@ -219,11 +242,12 @@ def findings_to_bundle(
     links = _links(shown, same_server)
     observations = findings_to_observations(shown, links)
     report = _report_entry(shown, links, observations, html=html, text=text, procedure=procedure)
+    dropped = dropped_entries(shown, links)
     entries = [
         _device_entry(shown),
         _study_entry(shown, links),
-        *map(_update, [*observations, report]),
-        _provenance_entry(shown, links, [report, *observations]),
+        *map(_update, [*observations, *dropped, report]),
+        _provenance_entry(shown, links, [report, *observations, *dropped]),
     ]
     bundle = Bundle.model_validate({"resourceType": "Bundle", "type": "transaction", "entry": entries})
     result: Json = json.loads(bundle.model_dump_json())

@@ -2,7 +2,9 @@
 
 A template sees: `findings` (mappings.model.findings, every string made printable), `lesions` (highest category
 first), `density_volume` (the gland volume under the PSA density, or None), `banner`, `impression`, `since` (what
-changed and matters, line by line), and the filters and functions of `draft_environment`.
+changed and matters, line by line), `no_lesion` (what is said where there is none), `revision` (what people did to the
+result, line by line), `own_words` (the report in the signing person's words, line by line), and the filters and
+functions of `draft_environment`.
 """
 
 import dataclasses
@@ -31,9 +33,11 @@ from mappings.outputs.impression import (
     lesion_category,
     lesion_size,
     lesions_by_category,
+    no_lesion,
     status_banner,
 )
 from mappings.outputs.printable import make_printable
+from mappings.outputs.revision_words import revision_sentences
 
 TEXT_WIDTH = 80
 """Columns of the text draft."""
@@ -173,6 +177,9 @@ def findings_to_draft(findings: Findings, environment: jinja2.Environment, templ
         "banner": status_banner(shown),
         "impression": findings_to_impression(shown),
         "since": comparison_impression(shown, lesions_by_category(shown)),
+        "no_lesion": no_lesion(shown),
+        "revision": revision_sentences(shown),
+        "own_words": [make_printable(line) for line in findings.report_text.splitlines()],
     }
     text = _render(environment, template, "txt", names)
     return Draft(text.strip("\n") + "\n", _render(environment, template, "html", names))

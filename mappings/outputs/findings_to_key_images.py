@@ -24,7 +24,6 @@ from mappings.outputs.dicom_display import (
 )
 from mappings.outputs.dicom_header import (
     MANUFACTURER,
-    NOT_VERIFIED,
     PRODUCT,
     add_study,
     concept,
@@ -34,6 +33,7 @@ from mappings.outputs.dicom_header import (
     set_times,
     shorten,
     software_versions,
+    verification_words,
 )
 from mappings.outputs.dicom_panel import (
     PANEL_PX,
@@ -85,13 +85,27 @@ def findings_to_key_images(
     """Draws one overview ("gland", or "overview" where no gland was found) and one image for each lesion.
 
     `masks` and `volumes` `(z, y, x)` are on the grid of `volumes["t2w"]`; "adc" and "hbv" may be absent, and the
-    picture says so. Nothing that names the patient is drawn. Equal arguments give equal bytes.
+    picture says so. What a person rejected is not drawn, of a withdrawn result nothing at all. Nothing that names the
+    patient is drawn. Equal arguments give equal bytes.
     """
+    if findings.status == "entered-in-error":
+        return ()
+    masks = _without_dropped(findings, masks)
     overview = _draw_overview(findings, masks, volumes)
     lesions = [
         _draw_lesion(number, findings, lesion, masks, volumes) for number, lesion in enumerate(findings.lesions, 2)
     ]
     return (overview, *lesions)
+
+
+def _without_dropped(findings: Findings, masks: Mapping[str, Mask]) -> Mapping[str, Mask]:
+    """The masks with what is still reported only, where former revisions reported more."""
+    if not findings.dropped:
+        return masks
+    shown = [lesion.label for lesion in findings.lesions if lesion.label is not None]
+    lesions = np.where(np.isin(masks["lesions"], shown), masks["lesions"], np.uint8(0))
+    gland = masks["gland"] if findings.gland is not None else np.zeros_like(masks["gland"])
+    return {**masks, "lesions": lesions, "gland": gland}
 
 
 def key_image_to_sc(findings: Findings, key_image: KeyImage, source: Dataset) -> Dataset:
@@ -129,7 +143,8 @@ def _draw_overview(findings: Findings, masks: Mapping[str, Mask], volumes: Mappi
     finding_ids = ("gland",) if found else ()
     name = "gland" if found else "overview"
     headline = [title, *(f"{a.label} {a.score}" for a in findings.assessments)]
-    return _compose(1, name, finding_ids, frame, headline, lines, masks, volumes)
+    words = verification_words(findings)
+    return _compose(1, name, finding_ids, frame, headline, lines, words, masks, volumes)
 
 
 def _draw_lesion(
@@ -140,7 +155,8 @@ def _draw_lesion(
     frame = evidence.frame_index if evidence else _largest_slice(masks["lesions"] == lesion.label)
     headline = [lesion.title, *(f"{a.label} {a.score}" for a in lesion.assessments)]
     lines = [describe_place(lesion), _list_measurements(lesion, SHOWN_OF_LESION)]
-    return _compose(number, lesion.tracking_id, (lesion.tracking_id,), frame, headline, lines, masks, volumes)
+    words, shown = verification_words(findings), (lesion.tracking_id,)
+    return _compose(number, lesion.tracking_id, shown, frame, headline, lines, words, masks, volumes)
 
 
 def _largest_slice(mask: Bits) -> int:
@@ -182,6 +198,7 @@ def _compose(
     frame: int,
     headline: Sequence[str],
     lines: Sequence[str],
+    words: str,
     masks: Mapping[str, Mask],
     volumes: Mapping[str, Volume],
 ) -> KeyImage:
@@ -196,9 +213,9 @@ def _compose(
         array = volumes[role].array if role in volumes else None
         shown = [t for t in traces if role == REFERENCE or t.outline.rgb != TRANSITION_ZONE_RGB]
         canvas.paste(draw_panel(array, view, shown, title, focus), (index * (PANEL_PX + GAP_PX), HEADER_PX))
-    _draw_header(canvas, headline)
+    _draw_header(canvas, headline, words)
     _draw_footer(canvas, lines, f"T2W slice {frame + 1} of {reference.array.shape[0]}", masks, frame)
-    caption = "; ".join(part.replace(SEPARATOR, ", ") for part in (*headline, *lines, NOT_VERIFIED) if part)
+    caption = "; ".join(part.replace(SEPARATOR, ", ") for part in (*headline, *lines, words) if part)
     uid = reference.sop_instance_uids[frame] if reference.sop_instance_uids else ""
     return KeyImage(number, name, finding_ids, caption, _to_png(canvas), np.asarray(canvas), uid, frame)
 
@@ -228,15 +245,15 @@ def _choose_outlines(masks: Mapping[str, Mask]) -> list[Outline]:
     ]
 
 
-def _draw_header(canvas: Image.Image, headline: Sequence[str]) -> None:
-    """What it is at the left; at the right, that nobody has verified it."""
+def _draw_header(canvas: Image.Image, headline: Sequence[str], words: str) -> None:
+    """What it is at the left; at the right, whether a person has verified it."""
     draw = ImageDraw.Draw(canvas)
     middle = HEADER_PX / 2
-    box = draw.textbbox((canvas.width - 26, middle), NOT_VERIFIED, font=load_font(22), anchor="rm")
+    box = draw.textbbox((canvas.width - 26, middle), words, font=load_font(22), anchor="rm")
     title = fit_text(draw, SEPARATOR.join(headline), 26, box[0] - 44)
     draw.text((16, middle), title, font=load_font(26), fill=WHITE, anchor="lm")
     draw.rounded_rectangle((box[0] - 12, 9, box[2] + 12, HEADER_PX - 9), radius=8, fill=AMBER)
-    draw.text((canvas.width - 26, middle), NOT_VERIFIED, font=load_font(22), fill=(0, 0, 0), anchor="rm")
+    draw.text((canvas.width - 26, middle), words, font=load_font(22), fill=(0, 0, 0), anchor="rm")
 
 
 def _draw_footer(
@@ -287,7 +304,7 @@ def _add_series(sc: Dataset, findings: Findings, key_image: KeyImage) -> None:
     sc.SeriesInstanceUID = derive_uid(findings.job_id, findings.revision, "sc-series")
     sc.SeriesNumber = SERIES_NUMBER
     sc.InstanceNumber = key_image.number
-    sc.SeriesDescription = shorten(f"{NOT_VERIFIED}: key images, {findings.protocol_title}")
+    sc.SeriesDescription = shorten(f"{verification_words(findings)}: key images, {findings.protocol_title}")
     sc.ConversionType = "WSD"
     sc.Manufacturer = MANUFACTURER
     sc.ManufacturerModelName = PRODUCT

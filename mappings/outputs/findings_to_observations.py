@@ -5,19 +5,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from mappings.model.codes import PSA_DENSITY, Code
-from mappings.model.findings import Assessment, Finding, Findings
+from mappings.model.findings import Assessment, Dropped, Finding, Findings
 from mappings.model.ids import derive_uid, derive_uuid
 from mappings.model.measurement import Measurement
 from mappings.outputs.comparison_to_observations import change_components, change_notes, change_sources
 from mappings.outputs.fhir_elements import (
+    MODEL,
     Json,
     to_concept,
+    to_identifier,
     to_key,
     to_quantity,
     uid_identifier,
     without_empty,
 )
 from mappings.outputs.impression import describe_place
+from mappings.outputs.revision_words import describe_dropped
 
 FINDING = Code("121071", "DCM", "Finding")
 FINDING_SITE = Code("363698007", "SCT", "Finding site")
@@ -28,6 +31,7 @@ IMAGING_CATEGORY = {
 }
 ABSENT_REASON = "http://terminology.hl7.org/CodeSystem/data-absent-reason"
 PSA_DENSITY_KEY = "psa_density"
+WITHDRAWN = "entered-in-error"
 
 
 @dataclass(frozen=True)
@@ -161,8 +165,10 @@ def density_entry(findings: Findings, links: Links) -> Json | None:
     return _observation_entry(findings, links, _density_uid(gland), code=code, derivedFrom=sources, **value)
 
 
-def finding_entry(findings: Findings, links: Links, finding: Finding, members: list[Json]) -> Json:
-    """One finding: what it is as value, where as body site, its values as components."""
+def finding_entry(findings: Findings, links: Links, finding: Finding, members: list[Json], **changes: object) -> Json:
+    """One finding: what it is as value, where as body site, its values as components; `changes` are elements that
+    differ."""
+    content: Json = {"note": _notes(findings, finding)} | changes
     return _observation_entry(
         findings,
         links,
@@ -170,21 +176,24 @@ def finding_entry(findings: Findings, links: Links, finding: Finding, members: l
         code=to_concept(FINDING, text=finding.title),
         valueCodeableConcept=to_concept(finding.kind),
         bodySite=_body_site(finding),
-        note=_notes(findings, finding),
         hasMember=members,
         derivedFrom=[links.study, *change_sources(findings, finding)],
         component=_components(findings, finding),
+        **content,
     )
+
+
+def _study_uid(findings: Findings, assessment: Assessment) -> str:
+    return derive_uid(findings.study_instance_uid, findings.protocol_name, assessment.key)
 
 
 def study_entry(findings: Findings, links: Links, assessment: Assessment, members: list[Json]) -> Json:
     """One category of the whole study, with the findings as members."""
-    uid = derive_uid(findings.study_instance_uid, findings.protocol_name, assessment.key)
     key = to_key(assessment.key, assessment.label)
     return _observation_entry(
         findings,
         links,
-        uid,
+        _study_uid(findings, assessment),
         code=to_concept(assessment.concept, key, text=assessment.label),
         valueCodeableConcept=_category(assessment),
         note=[{"text": f"{assessment.rule}: {assessment.explanation}"}],
@@ -194,8 +203,47 @@ def study_entry(findings: Findings, links: Links, assessment: Assessment, member
     )
 
 
+def blank_entry(findings: Findings, links: Links, assessment: Assessment) -> Json:
+    """A category that a former revision gave and this one does not: absent, as the value must not stay in the EHR."""
+    key = to_key(assessment.key, assessment.label)
+    return _observation_entry(
+        findings,
+        links,
+        _study_uid(findings, assessment),
+        code=to_concept(assessment.concept, key, text=assessment.label),
+        dataAbsentReason={"coding": [{"system": ABSENT_REASON, "code": "unknown"}], "text": "no longer given"},
+        derivedFrom=[links.study],
+    )
+
+
+def dropped_entries(findings: Findings, links: Links) -> list[Json]:
+    """The Observations of findings that former revisions reported and this one does not: entered in error, with what
+    they said, why, and the model that had proposed them."""
+    return [entry for row in findings.dropped for entry in _dropped_entry(findings, links, row)]
+
+
+def _dropped_entry(findings: Findings, links: Links, row: Dropped) -> Iterator[Json]:
+    finding = row.finding
+    density = finding.measurement(PSA_DENSITY_KEY)
+    device = links.device
+    if row.model != findings.model:
+        model = to_identifier(MODEL, f"{row.model.name}:{row.model.version}")
+        device = {"type": "Device", "identifier": model}
+    changes: Json = {"status": WITHDRAWN, "device": device, "note": [{"text": f"{describe_dropped(row)}."}]}
+    members = []
+    if density is not None:
+        key = to_key(PSA_DENSITY_KEY, "PSA density")
+        code = to_concept(PSA_DENSITY, key, text=key.meaning)
+        content = {**changes, "valueQuantity": to_quantity(density), "derivedFrom": [links.study]}
+        entry = _observation_entry(findings, links, _density_uid(finding), code=code, **content)
+        members = [{"reference": entry["fullUrl"]}]
+        yield entry
+    yield finding_entry(findings, links, finding, members, **changes)
+
+
 def findings_to_observations(findings: Findings, links: Links) -> list[Json]:
-    """All entries (`fullUrl`, `resource`): categories of the study first, then each finding, then the density."""
+    """All entries (`fullUrl`, `resource`): categories of the study first, given or blank, then each finding, then the
+    density."""
     density = density_entry(findings, links)
     gland = findings.gland
 
@@ -206,4 +254,5 @@ def findings_to_observations(findings: Findings, links: Links) -> list[Json]:
     parts = [finding_entry(findings, links, finding, members(finding)) for finding in findings.findings]
     references = [{"reference": part["fullUrl"]} for part in parts]
     whole = [study_entry(findings, links, a, references) for a in findings.assessments]
-    return [*whole, *parts, *([density] if density else [])]
+    blank = [blank_entry(findings, links, a) for a in findings.blank_assessments]
+    return [*whole, *blank, *parts, *([density] if density else [])]

@@ -6,7 +6,7 @@ Numbers of the order that it does not state stay empty; nothing is taken from th
 
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta, timezone
 
 from mappings.model.codes import Code
@@ -28,6 +28,7 @@ from mappings.outputs.er7 import (
 )
 from mappings.outputs.impression import findings_to_impression
 from mappings.outputs.oru_observation import Common, clip, coded, methods, write_obx
+from mappings.outputs.oru_sub_ids import Group, Sent, number_observations, read_sent, write_deletions
 
 IMAGING_STUDY = Code("18748-4", "LN", "Diagnostic imaging study")
 STUDY_OBSERVATION = Code("18782-3", "LN", "Radiology Study observation (narrative)")
@@ -142,21 +143,19 @@ def _write_narrative(common: Common, code: Code, text: str) -> Iterator[list[Fie
         yield write_obx(common, "TX", coded(code), value)
 
 
-def _write_observations(common: Common, findings: Findings, text: str) -> Iterator[str]:
+def _write_observations(common: Common, findings: Findings, text: str, sent: Sequence[Sent]) -> Iterator[str]:
     """Every OBX. OBX-4 is `group.item`: groups 1..n are the findings in their order, then the study, the
-    report text and the impression."""
-    groups = [
-        *(_write_finding(common, findings, finding) for finding in findings.findings),
-        _write_study(common, findings),
-        _write_narrative(common, STUDY_OBSERVATION, text),
-        _write_narrative(common, IMPRESSION, "\n".join(findings_to_impression(findings))),
+    report text and the impression; a revision keeps the numbers of what was sent before."""
+    groups: list[Group] = [
+        *((finding.tracking_uid, [*_write_finding(common, findings, finding)]) for finding in findings.findings),
+        (STUDY_UID.value, [*_write_study(common, findings)]),
+        (STUDY_OBSERVATION.value, [*_write_narrative(common, STUDY_OBSERVATION, text)]),
+        (IMPRESSION.value, [*_write_narrative(common, IMPRESSION, "\n".join(findings_to_impression(findings)))]),
     ]
-    set_id = 0
-    for group, observations in enumerate(groups, 1):
-        for item, fields in enumerate(observations, 1):
-            set_id += 1
-            fields[2] = f"{group}.{item}"
-            yield write_segment("OBX", [str(set_id), *fields])
+    rows = [*number_observations(groups, sent)]
+    kept = {str(fields[2]) for fields in rows}
+    for set_id, fields in enumerate([*rows, *write_deletions(common, sent, kept)], 1):
+        yield write_segment("OBX", [str(set_id), *fields])
 
 
 def _hierarchic(authority: str) -> Component:
@@ -189,7 +188,7 @@ def _order_code(findings: Findings, procedure: Code) -> tuple[str, ...]:
 
 def _write_obr(findings: Findings, procedure: Code, reported: str) -> str:
     order = findings.context.order
-    fields: list[Field] = [""] * 31
+    fields: list[Field] = [""] * 32
     numbered: dict[int, Field] = {
         1: "1",
         2: order.placer_order_number if order else "",
@@ -201,10 +200,22 @@ def _write_obr(findings: Findings, procedure: Code, reported: str) -> str:
         24: "RAD",
         25: RESULT_STATUS[findings.status][0],
         31: ("", clip(order.reason)) if order and order.reason else "",
+        32: _write_interpreter(findings),
     }
     for number, value in numbered.items():
         fields[number - 1] = value
     return write_segment("OBR", fields)
+
+
+def _write_interpreter(findings: Findings) -> Field:
+    """OBR-32 (NDL): the person who signed; empty where nobody did."""
+    signed = findings.signature
+    if signed is None:
+        return ""
+    group = next(group for group in signed.person.split("=") if group.strip("^ "))
+    parts = (group.split("^") + [""] * PERSON_NAME_PARTS)[:PERSON_NAME_PARTS]
+    family, given, middle, prefix, suffix = (part.strip(" ") for part in parts)
+    return ((signed.identifier, family, given, middle, suffix, prefix),)
 
 
 def findings_to_oru(
@@ -218,12 +229,15 @@ def findings_to_oru(
     processing_id: str = "P",
     utc_offset: timedelta | None = None,
     procedure: Code = IMAGING_STUDY,
+    former: bytes | None = None,
 ) -> bytes:
     """The whole message, UTF-8, segments ended by CR, without MLLP framing.
 
     `text` is the report draft. `procedure` codes OBR-4 where the order states no code. Times are the
     findings' `created_at`, moved to `utc_offset` where given; the study's is a date, as the findings have
-    no time of it. MSH-10 derives from job and revision, so the same result always carries the same id.
+    no time of it. `former` is the message of the revision that this one replaces: its observations keep OBX-4, and
+    those that are gone are deleted (OBX-11 D). MSH-10 derives from job and revision, so the same result always
+    carries the same id.
     """
     created = findings.created_at
     made = format_time(created.astimezone(timezone(utc_offset)) if utc_offset is not None else created)
@@ -242,6 +256,6 @@ def findings_to_oru(
             write_segment("PV1", ["1", "U"]),
             write_segment("ORC", ["RE", *numbers]),
             _write_obr(findings, procedure, made),
-            *_write_observations(common, findings, text),
+            *_write_observations(common, findings, text, read_sent(former)),
         ]
     )

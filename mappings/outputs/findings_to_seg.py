@@ -16,7 +16,6 @@ from mappings.model.ids import derive_uid
 from mappings.outputs.dicom_display import segment_rgb, to_cielab
 from mappings.outputs.dicom_header import (
     MANUFACTURER,
-    NOT_VERIFIED,
     PRODUCT,
     add_study,
     concept,
@@ -28,6 +27,7 @@ from mappings.outputs.dicom_header import (
     set_times,
     shorten,
     software_versions,
+    verification_words,
 )
 
 SERIES_NUMBER = 1001
@@ -61,10 +61,10 @@ def findings_to_seg(findings: Findings, masks: Mapping[str, Mask], sources: Sequ
         software_versions=software_versions(findings),  # type: ignore[arg-type]  # highdicom takes lists
         device_serial_number=serial_number(findings),
         content_label="AI_SEGMENTATION",
-        content_description=NOT_VERIFIED,
+        content_description=verification_words(findings),
         transfer_syntax_uid=ExplicitVRLittleEndian,
         contributing_equipment=[describe_model(findings)],
-        series_description=shorten(f"{NOT_VERIFIED}: segmentation, {findings.protocol_title}"),
+        series_description=shorten(f"{verification_words(findings)}: segmentation, {findings.protocol_title}"),
         coding_schemes=private_schemes([segment.type for segment in findings.segments]),
     )
     segmentation.ContentCreatorName = ""  # type 2, and highdicom leaves it out: no person made this

@@ -13,6 +13,7 @@ from highdicom.sr import (
     MeasurementsAndQualitativeEvaluations,
     ObservationContext,
     ObserverContext,
+    PersonObserverIdentifyingAttributes,
     QualitativeEvaluation,
     ReferencedSegment,
     RelationshipTypeValues,
@@ -37,7 +38,6 @@ from mappings.outputs.comparison_to_sr import lesion_items, status_evaluations, 
 from mappings.outputs.comparison_values import comparison_comments, finding_numbers, interval
 from mappings.outputs.dicom_header import (
     MANUFACTURER,
-    NOT_VERIFIED,
     PRODUCT,
     add_study,
     as_dt,
@@ -51,8 +51,10 @@ from mappings.outputs.dicom_header import (
     set_times,
     shorten,
     software_versions,
+    verification_words,
 )
 from mappings.outputs.dicom_image_library import build_image_library
+from mappings.outputs.revision_words import revision_sentences
 
 SERIES_NUMBER = 1002
 Group = MeasurementsAndQualitativeEvaluations | VolumetricROIMeasurementsAndQualitativeEvaluations
@@ -74,9 +76,10 @@ def findings_to_sr(findings: Findings, seg: Dataset | None, sources: Sequence[Da
     volumetric ROI group (TID 1411) on that segment; one without, a group without a region (TID 1501). What holds
     for the whole study (overall category, PSA, what was left blank) is the TID 1501 group "study".
 
-    Verification Flag is always UNVERIFIED. Completion Flag (PS3.3 C.17.2: completeness by the writer's own
-    criterion) is COMPLETE only where nothing that the protocol asks for was left blank; otherwise PARTIAL, and
-    Completion Flag Description names what is missing. Preliminary Flag follows `findings.status`.
+    Verification Flag is VERIFIED only where a person signed, who is the Verifying Observer. Completion Flag (PS3.3
+    C.17.2: completeness by the writer's own criterion) is COMPLETE where a person signed (VERIFIED is allowed with
+    nothing else) or nothing that the protocol asks for was left blank; otherwise PARTIAL. Completion Flag Description
+    names what was left blank. Preliminary Flag follows `findings.status`; a withdrawal by a person is final too.
     Equal arguments give equal bytes. Raises ValueError where `sources` is empty.
     """
     if not sources:
@@ -90,9 +93,11 @@ def findings_to_sr(findings: Findings, seg: Dataset | None, sources: Sequence[Da
         sop_instance_uid=derive_uid(findings.job_id, findings.revision, "sr"),
         instance_number=1,
         manufacturer=MANUFACTURER,
-        is_complete=not _find_missing(findings),
-        is_final=findings.status in FINAL_STATES,
-        is_verified=False,
+        is_complete=findings.signature is not None or not _find_missing(findings),
+        is_final=findings.status in FINAL_STATES or findings.rejection is not None,
+        is_verified=findings.signature is not None,
+        verifying_observer_name=findings.signature.person if findings.signature else None,
+        verifying_organization=shorten(findings.signature.organisation) if findings.signature else None,
         previous_versions=_predecessors(findings),
         requested_procedures=_requests(findings, sources[0]),
         transfer_syntax_uid=ExplicitVRLittleEndian,
@@ -100,10 +105,11 @@ def findings_to_sr(findings: Findings, seg: Dataset | None, sources: Sequence[Da
         manufacturer_model_name=PRODUCT,
         software_versions=software_versions(findings),
         device_serial_number=serial_number(findings),
-        series_description=shorten(f"{NOT_VERIFIED}: measurements, {findings.protocol_title}"),
+        series_description=shorten(f"{verification_words(findings)}: measurements, {findings.protocol_title}"),
         coding_schemes=private_schemes(list(_all_codes(findings))),
     )
     _describe_completion(report, findings)
+    _date_verification(report, findings)
     add_study(report, sources[0])
     set_times(report, local_time(findings, sources[0]))
     return report
@@ -115,7 +121,9 @@ def _build_report(findings: Findings, seg: Dataset | None, images: Sequence[Data
     if not groups or findings.assessments or findings.psa or findings.comparison or _comments(findings):
         groups.append(_build_study_group(findings))
     report = MeasurementReport(
-        observation_context=ObservationContext(observer_device_context=_observer(findings)),
+        observation_context=ObservationContext(
+            observer_person_context=_person_observer(findings), observer_device_context=_observer(findings)
+        ),
         procedure_reported=concept(_procedure(findings)),
         imaging_measurements=groups,
         title=dicom_codes.DCM.ImagingMeasurementReport,
@@ -135,6 +143,16 @@ def _observer(findings: Findings) -> ObserverContext:
         serial_number=serial_number(findings),
     )
     return ObserverContext(observer_type=dicom_codes.DCM.Device, observer_identifying_attributes=attributes)
+
+
+def _person_observer(findings: Findings) -> ObserverContext | None:
+    """TID 1003: the person who signed; None where nobody did."""
+    if findings.signature is None:
+        return None
+    attributes = PersonObserverIdentifyingAttributes(
+        name=findings.signature.person, organization_name=shorten(findings.signature.organisation)
+    )
+    return ObserverContext(observer_type=dicom_codes.DCM.Person, observer_identifying_attributes=attributes)
 
 
 def _procedure(findings: Findings) -> Code:
@@ -292,9 +310,17 @@ def _text(name: CodedConcept, value: str) -> TextContentItem:
 
 
 def _comments(findings: Findings) -> list[str]:
-    """What was left blank, what the reader was warned of, and what holds for the comparison; one sentence each."""
+    """What was left blank, what the reader was warned of, what holds for the comparison, what people did; one sentence
+    each, and the report in the signing person's words."""
     blanks = [f"Left blank: {blank.name}: {blank.reason}" for blank in findings.blanks]
-    return [*blanks, *findings.warnings, *comparison_comments(findings)]
+    own_words = [f"Report as signed: {findings.report_text}"] if findings.report_text else []
+    return [
+        *blanks,
+        *findings.warnings,
+        *comparison_comments(findings),
+        *revision_sentences(findings),
+        *own_words,
+    ]
 
 
 def _find_missing(findings: Findings) -> list[str]:
@@ -307,9 +333,16 @@ def _find_missing(findings: Findings) -> list[str]:
 def _describe_completion(report: Dataset, findings: Findings) -> None:
     missing = _find_missing(findings)
     if missing:
-        report.CompletionFlagDescription = shorten("Missing: " + ", ".join(missing))
+        lead = "Missing" if findings.signature is None else "Complete as signed, left blank"
+        report.CompletionFlagDescription = shorten(f"{lead}: {', '.join(missing)}")
         if findings.status == "entered-in-error":
             report.CompletionFlagDescription = "Withdrawn: entered in error"
+
+
+def _date_verification(report: Dataset, findings: Findings) -> None:
+    """Verification DateTime is when the person signed; highdicom takes the clock's."""
+    if findings.signature is not None:
+        report.VerifyingObserverSequence[0].VerificationDateTime = as_dt(findings.signature.signed_at)
 
 
 def _predecessors(findings: Findings) -> list[Dataset] | None:

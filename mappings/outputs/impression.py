@@ -3,6 +3,7 @@
 from mappings.model.findings import Assessment, Finding, Findings
 from mappings.model.measurement import Measurement
 from mappings.outputs.comparison_values import comparison_impression
+from mappings.outputs.revision_words import revision_sentences, signature_sentence
 
 LESION_SIZE_KEYS = ("diameter_3d", "diameter_in_plane")
 """The measurements that tell two lesions of one category apart, the first that is there."""
@@ -54,26 +55,35 @@ def describe_lesion(lesion: Finding) -> str:
 
 def status_banner(findings: Findings) -> str:
     """What a reader must know before reading: who stands behind the text, by status."""
-    return {
-        "preliminary": "AI-PROPOSED, UNVERIFIED, PRELIMINARY: no person has checked this text.",
+    touched = "changed by a person, not signed" if findings.edits else "no person has checked this text"
+    banner = {
+        "preliminary": f"AI-PROPOSED, UNVERIFIED, PRELIMINARY: {touched}.",
         "final": "AI-proposed text, released as final by a person.",
         "amended": "AI-proposed text, amended by a person.",
         "corrected": "AI-proposed text, corrected by a person.",
         "entered-in-error": "WITHDRAWN (entered in error): do not use.",
     }[findings.status]
+    return f"{banner} {signature_sentence(findings)}".strip()
+
+
+def no_lesion(findings: Findings) -> str:
+    """What is said where no lesion is reported: that none was proposed, or none that a person kept."""
+    rejected = any(row.why == "rejected" and row.finding.label is not None for row in findings.dropped)
+    return f"No lesion was proposed by the model{' that a person kept' if rejected else ''}."
 
 
 def findings_to_impression(findings: Findings) -> tuple[str, ...]:
     """The impression line by line: banner, overall categories, lesions by category, what changed since the
-    prior, blanks with reasons."""
+    prior, blanks with reasons, what people did to it."""
     overall = [f"{a.label}: {a.score}." for a in findings.assessments]
     lesions = [describe_lesion(lesion) for lesion in lesions_by_category(findings)]
     blanks = [f"Left blank: {blank.name} ({blank.reason})." for blank in findings.blanks]
     return (
         status_banner(findings),
         *overall,
-        *(lesions or ["No lesion was proposed by the model."]),
+        *(lesions or [no_lesion(findings)]),
         *comparison_impression(findings, lesions_by_category(findings)),
         *blanks,
+        *revision_sentences(findings),
         f"Model: {findings.model.name} {findings.model.version}, {findings.model.manufacturer}.",
     )

@@ -13,6 +13,7 @@ from mappings.model.findings import Findings
 from mappings.outputs.read_bundle_expected import REPORT, expect_bundle, observation_names
 from mappings.outputs.read_facts import Facts, Value, compare, exact, moment, number, prose, withheld
 from mappings.outputs.read_impression import check_impression
+from mappings.outputs.read_revision import withdrawn_uids
 
 BUNDLE = "fhir-bundle.json"
 OWN = "urn:wetread:codes"
@@ -27,11 +28,15 @@ def check_bundle_agrees(data: bytes, findings: Findings, contents: Mapping[str, 
     entries = json.loads(data, parse_float=str, parse_int=str)["entry"]
     resources = [entry["resource"] for entry in entries]
     links = {entry["fullUrl"]: _identity(entry["resource"]) for entry in entries}
-    names = observation_names(findings)
+    names = withdrawn_uids(findings) | observation_names(findings)
+    withdrawn = {*withdrawn_uids(findings).values()}
     found, by_reference = Facts(), _refers_to_server(resources)
     for resource in resources:
         where = _where(resource, names)
         found.add(where, "resource", resource["resourceType"])
+        if where in withdrawn:
+            _read_withdrawn(found, where, resource, links)
+            continue
         _read_links(found, where, resource, links)
         _READERS.get(resource["resourceType"], _read_unknown)(found, where, resource)
     expected = expect_bundle(findings, by_reference=by_reference)
@@ -73,6 +78,8 @@ def _refers_to_server(resources: Iterable[Json]) -> bool:
 
 def _target(reference: Json, links: Mapping[str, str]) -> str:
     """Whom a Reference means: an entry by its identity, a resource of the server, or an identifier."""
+    if reference.get("type") == "Practitioner":
+        return " ".join((reference.get("display", ""), reference.get("identifier", {}).get("value", ""))).strip()
     if "reference" in reference:
         return links.get(reference["reference"], reference["reference"])
     return str(reference.get("identifier", {}).get("value", "") or reference.get("display", ""))
@@ -86,9 +93,24 @@ def _read_links(facts: Facts, where: str, resource: Json, links: Mapping[str, st
         for reference in resource.get(keyword, []):
             facts.add(where, keyword, withheld(_target(reference, links)))
     for agent in resource.get("agent", []):
-        facts.add(where, "agent", withheld(_target(agent["who"], links)))
+        facts.add(where, "agent", withheld(f"{_kind(agent)} {_target(agent['who'], links)}"))
+    for person in resource.get("resultsInterpreter", []):
+        facts.add(where, "resultsInterpreter", withheld(_target(person, links)))
     for entity in resource.get("entity", []):
         facts.add(where, "entity", withheld(_target(entity["what"], links)))
+
+
+def _kind(agent: Json) -> str:
+    """What an agent of the Provenance did."""
+    return " ".join(str(coding.get("code", "")) for coding in agent.get("type", {}).get("coding", []))
+
+
+def _read_withdrawn(facts: Facts, where: str, resource: Json, links: Mapping[str, str]) -> None:
+    """An Observation that is entered in error: that it says so, why, and whose it was."""
+    facts.add(where, "status", resource.get("status", ""))
+    facts.add(where, "device", withheld(_target(resource.get("device", {}), links).removeprefix("Device ")))
+    for note in resource.get("note", []):
+        facts.add(where, "note", prose(note.get("text", "")))
 
 
 def _read_unknown(facts: Facts, where: str, resource: Json) -> None:
@@ -134,6 +156,9 @@ def _instant(text: str) -> Value:
 
 def _read_provenance(facts: Facts, where: str, resource: Json) -> None:
     tags = resource.get("meta", {}).get("tag", [])
+    facts.add(where, "activity", " ".join(c.get("code", "") for c in resource["activity"]["coding"]))
+    for reason in resource.get("reason", []):
+        facts.add(where, "reason", prose(reason.get("text", "")))
     facts.add(where, "tag", " ".join(str(tag.get("code", "")) for tag in tags))
     facts.add(where, "recorded", _instant(resource.get("recorded", "")))
 

@@ -14,6 +14,7 @@ from mappings.outputs.read_changes import (
     row_of,
 )
 from mappings.outputs.read_facts import Facts, moment, number, place_words, prose, withheld
+from mappings.outputs.read_revision import expect_withdrawn, people, person_words, withdrawn_uids
 
 REPORT = "DiagnosticReport"
 DENSITY = "psa_density"
@@ -26,7 +27,7 @@ SITE, LATERALITY = Code("363698007", "SCT", "Finding site"), Code("272741003", "
 def observation_names(findings: Findings) -> dict[str, str]:
     """The identifiers that Observations must have, and what each is about."""
     names = {finding.tracking_uid: finding.tracking_id for finding in findings.findings}
-    names |= {_overall_uid(findings, a): a.key for a in findings.assessments}
+    names |= {_overall_uid(findings, a): a.key for a in (*findings.assessments, *findings.blank_assessments)}
     return names | ({derive_uid(findings.gland.tracking_uid, DENSITY): DENSITY} if findings.gland else {})
 
 
@@ -57,7 +58,8 @@ def expect_bundle(findings: Findings, *, by_reference: bool) -> Facts:
         facts.add(DENSITY, "derivedFrom", withheld(psa))
     context_order = order if findings.context.order is not None else ""
     sources = [s for s in (_study(findings), context_order, psa, _prior_report(findings)) if s]
-    _expect_provenance(facts, findings, sources, list(uids.values()))
+    expect_withdrawn(facts, findings)
+    _expect_provenance(facts, findings, sources, [*uids.values(), *withdrawn_uids(findings)])
     return facts
 
 
@@ -130,6 +132,9 @@ def _expect_report(facts: Facts, findings: Findings, observations: list[str]) ->
     for uid in observations:
         facts.add(REPORT, "result", withheld(f"Observation urn:oid:{uid}"))
     facts.add(REPORT, "imagingStudy", withheld(_study(findings)))
+    if (signed := findings.signature) is not None:
+        person = f"{person_words(signed.person)} {signed.identifier}".strip()
+        facts.add(REPORT, "resultsInterpreter", withheld(person))
 
 
 def _expect_provenance(facts: Facts, findings: Findings, sources: list[str], observations: list[str]) -> None:
@@ -138,7 +143,14 @@ def _expect_provenance(facts: Facts, findings: Findings, sources: list[str], obs
     made = (findings.protocol_name, findings.study_instance_uid, findings.job_id, revision)
     facts.add(where, "tag", str(derive_uuid("provenance", *made)))
     facts.add(where, "recorded", moment(findings.created_at))
-    facts.add(where, "agent", withheld(_device(findings)))
+    facts.add(where, "agent", withheld(f"assembler {_device(findings)}"))
+    for kind, person in people(findings):
+        number = findings.signature.identifier if findings.signature and kind == "verifier" else ""
+        facts.add(where, "agent", withheld(f"{kind} {person} {number}".strip()))
+    first = "CREATE" if findings.revision == 1 else "UPDATE"
+    facts.add(where, "activity", "NULLIFY" if findings.rejection else first)
+    if findings.rejection:
+        facts.add(where, "reason", prose(findings.rejection.reason))
     for source in sources:
         facts.add(where, "entity", withheld(source))
     for target in (_report(findings), *(f"Observation urn:oid:{uid}" for uid in observations)):
@@ -165,6 +177,11 @@ def _expect_observations(facts: Facts, findings: Findings) -> dict[str, str]:
         uids[assessment.key] = _overall_uid(findings, assessment)
         _expect_state(facts, assessment.key, findings)
         _expect_overall(facts, findings, assessment)
+    for blank in findings.blank_assessments:
+        uids[blank.key] = _overall_uid(findings, blank)
+        _expect_state(facts, blank.key, findings)
+        facts.add(blank.key, "code", f"{_name(blank.concept)}, {_own(blank.key)}")
+        facts.add(blank.key, "absent because", prose("no longer given"))
     gland = findings.gland
     reasons = [blank.reason for blank in findings.blanks if "psa" in blank.name.casefold()]
     if gland is not None and (gland.measurement(DENSITY) or reasons):

@@ -10,6 +10,7 @@ from pydicom.dataset import Dataset
 from mappings.model.findings import Findings
 from mappings.model.ids import derive_uid
 from mappings.outputs.read_facts import Facts, code_name, head, moment, withheld
+from mappings.outputs.read_revision import verification_of
 
 DOCUMENT = "document"
 
@@ -48,7 +49,7 @@ def find_references(dataset: Dataset) -> Iterator[str]:
             yield str(element.value)
 
 
-def _plain_name(name: str) -> str:
+def plain_name(name: str) -> str:
     """A person name without the separators that carry nothing."""
     return "=".join(group.strip("^ ") for group in name.split("=")).rstrip("=")
 
@@ -67,7 +68,7 @@ def read_header(dataset: Dataset, findings: Findings) -> Facts:
     facts = Facts()
     for keyword in ("SOPClassUID", "SOPInstanceUID", "SeriesInstanceUID", "StudyInstanceUID"):
         facts.add(DOCUMENT, keyword, text_of(dataset, keyword))
-    facts.add(DOCUMENT, "PatientName", withheld(_plain_name(text_of(dataset, "PatientName"))))
+    facts.add(DOCUMENT, "PatientName", withheld(plain_name(text_of(dataset, "PatientName"))))
     for keyword, known in _identity(findings).items():
         if known or keyword in ("PatientID", "AccessionNumber"):
             facts.add(DOCUMENT, keyword, withheld(text_of(dataset, keyword)))
@@ -79,9 +80,9 @@ def read_header(dataset: Dataset, findings: Findings) -> Facts:
     for version in [software] if isinstance(software, str) else software:
         facts.add(DOCUMENT, "software version", head(str(version)))
     facts.add(DOCUMENT, "made at", moment(_made_at(dataset, findings.created_at.tzinfo)))
-    if findings.status == "preliminary":
-        unverified = "not verified" in text_of(dataset, "SeriesDescription")
-        facts.add(DOCUMENT, "series description", "says 'not verified'" if unverified else "does not")
+    words = verification_of(findings)
+    said = text_of(dataset, "SeriesDescription").startswith(words)
+    facts.add(DOCUMENT, "series description", f"says '{words}'" if said else "does not")
     return facts
 
 
@@ -108,7 +109,7 @@ def expect_header(findings: Findings, sop_class_uid: str, name: str, series: str
     facts.add(DOCUMENT, "SOPInstanceUID", derive_uid(findings.job_id, findings.revision, name))
     facts.add(DOCUMENT, "SeriesInstanceUID", derive_uid(findings.job_id, findings.revision, series))
     facts.add(DOCUMENT, "StudyInstanceUID", findings.study_instance_uid)
-    facts.add(DOCUMENT, "PatientName", withheld(_plain_name(findings.patient.name.strip())))
+    facts.add(DOCUMENT, "PatientName", withheld(plain_name(findings.patient.name.strip())))
     for keyword, known in _identity(findings).items():
         if known or keyword in ("PatientID", "AccessionNumber"):
             facts.add(DOCUMENT, keyword, withheld(known.strip()))
@@ -117,8 +118,7 @@ def expect_header(findings: Findings, sop_class_uid: str, name: str, series: str
     facts.add(DOCUMENT, "software version", head(f"{findings.protocol_name} {findings.protocol_version}"))
     facts.add(DOCUMENT, "software version", head(f"{model.name} {model.version}"))
     facts.add(DOCUMENT, "made at", moment(findings.created_at))
-    if findings.status == "preliminary":
-        facts.add(DOCUMENT, "series description", "says 'not verified'")
+    facts.add(DOCUMENT, "series description", f"says '{verification_of(findings)}'")
     return facts
 
 

@@ -133,7 +133,7 @@ def find_slips(words: str, required: Iterable[str], allowed: Iterable[str] = ())
 
 def read_status(banner: str) -> str:
     """The status that a banner's words stand for, empty where they stand for none."""
-    words = banner.casefold()
+    words = banner.casefold().partition("signed by")[0]
     if "withdrawn" in words:
         return "entered-in-error"
     if "unverified" in words:

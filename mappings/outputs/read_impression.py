@@ -3,11 +3,12 @@
 from mappings.model.findings import Findings
 from mappings.outputs.read_changes import impression_lines
 from mappings.outputs.read_facts import Facts, compare, find_slips, lesion_pieces, prose, read_status, squeeze
+from mappings.outputs.read_revision import signature_words, take_lines
 
 
 def check_impression(artifact: str, words: str, findings: Findings) -> list[str]:
     """What the impression says wrongly of status, categories, each lesion, blanks and model."""
-    text = squeeze(words)
+    told, text = take_lines(squeeze(words), findings)
     starts = sorted(_find_starts(text, findings))
     ends = [*(start for start, _ in starts[1:]), len(text)]
     parts = {name: text[start:end] for (start, name), end in zip(starts, ends, strict=True)}
@@ -19,7 +20,9 @@ def check_impression(artifact: str, words: str, findings: Findings) -> list[str]
         said = ["expected a sentence, found none"] if chunk is None else find_slips(chunk, required, allowed)
         slips += [f"{lesion.tracking_id}: impression: {slip}" for slip in said]
     slips += _check_bottom(text, findings)
-    return [f"{artifact}: {slip}" for slip in slips] + _check_changes(artifact, parts.get("changes", ""), findings)
+    messages = [f"{artifact}: {slip}" for slip in slips]
+    messages += _check_changes(artifact, parts.get("changes", ""), findings)
+    return messages + [f"{artifact}: {slip}" for slip in told]
 
 
 def _find_starts(text: str, findings: Findings) -> list[tuple[int, str]]:
@@ -50,6 +53,7 @@ def _check_top(banner: str, findings: Findings) -> list[str]:
     status = read_status(banner)
     slips = [] if status == findings.status else [f"impression: status: expected '{findings.status}', found '{status}'"]
     overall = [f"{a.label}: {a.score}." for a in findings.assessments]
+    overall += [signature_words(findings)] if findings.signature else []
     return slips + [f"study: impression: {slip}" for slip in find_slips(banner, overall)]
 
 

@@ -18,13 +18,16 @@ from mappings.outputs.read_dicom import (
     text_of,
 )
 from mappings.outputs.read_facts import Facts, compare, find_slips, lesion_pieces, place_words
+from mappings.outputs.read_revision import verification_of
 
-NOT_VERIFIED = "AI result, not verified"
 FOLDER = "key-images"
 
 
 def key_image_names(findings: Findings) -> tuple[str, ...]:
-    """The names of the key images that the findings ask for, without folder and ending, in their order."""
+    """The names of the key images that the findings ask for, without folder and ending, in their order. A withdrawn
+    result has none."""
+    if findings.status == "entered-in-error":
+        return ()
     overview = "gland" if findings.gland is not None else "overview"
     return (overview, *(lesion.tracking_id for lesion in findings.lesions))
 
@@ -72,12 +75,12 @@ def _caption_pieces(findings: Findings, finding: Finding | None) -> tuple[list[s
         words = place_words(finding)
         short_zone = [finding.zone.meaning.partition(" of ")[0]] if finding.zone else []
         sector = [finding.sector.meaning.partition(" of ")[0]] if finding.sector else []
-        return [*required, NOT_VERIFIED], [*allowed, words, *short_zone, *sector]
+        return [*required, verification_of(findings)], [*allowed, words, *short_zone, *sector]
     count = len(findings.lesions)
     overall = [f"{a.label} {a.score}" for a in findings.assessments]
     lesions = "No lesion found" if count == 0 else f"{count} lesion{'s' if count > 1 else ''} found"
     measured = finding.measurements if finding is not None else ()
-    return [*overall, lesions, NOT_VERIFIED], [f"{m.label} {m.text} {m.unit.value}" for m in measured]
+    return [*overall, lesions, verification_of(findings)], [f"{m.label} {m.text} {m.unit.value}" for m in measured]
 
 
 def _same_picture(image: Dataset, png: bytes) -> bool:

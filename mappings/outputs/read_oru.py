@@ -21,6 +21,7 @@ from mappings.outputs.read_changes import (
     row_of,
 )
 from mappings.outputs.read_facts import Facts, Value, code_name, compare, exact, moment, prose, withheld
+from mappings.outputs.read_oru_revision import check_former, expect_interpreter, is_deleted, read_interpreter
 
 ORU = "oru.hl7"
 MESSAGE = "message"
@@ -83,14 +84,16 @@ def read_segments(message: bytes) -> list[Segment]:
     return segments
 
 
-def check_oru(message: bytes, findings: Findings, report_text: str | None) -> list[str]:
-    """Everything in which the message disagrees with the findings, or its narrative with `report_text`."""
+def check_oru(message: bytes, findings: Findings, report_text: str | None, former: bytes | None = None) -> list[str]:
+    """Everything in which the message disagrees with the findings, its narrative with `report_text`, or with what
+    `former`, the message that it replaces, had said."""
     segments = read_segments(message)
     found, expected = Facts(), Facts()
     _read_head(found, segments)
     _expect_head(expected, findings)
-    observations = [s for s in segments if s.name == "OBX"]
-    _read_common(found, observations)
+    everything = [s for s in segments if s.name == "OBX"]
+    observations = [s for s in everything if not is_deleted(s.fields + ("",) * 12)]
+    _read_common(found, observations, everything)
     _expect_common(expected, findings)
     for group in _groups(observations):
         _read_group(found, group)
@@ -101,12 +104,13 @@ def check_oru(message: bytes, findings: Findings, report_text: str | None) -> li
     narrative = _join(observations, NARRATIVE)
     if report_text is not None and prose(narrative) != prose(report_text):
         messages.append(f"{ORU}: {MESSAGE}: narrative: expected the words of report.txt, found others")
-    return messages
+    return messages + check_former(message, findings, former)
 
 
 def read_impression(message: bytes) -> str:
     """The impression's words, its lines joined."""
-    return _join([s for s in read_segments(message) if s.name == "OBX"], IMPRESSION)
+    rows = [s for s in read_segments(message) if s.name == "OBX"]
+    return _join([s for s in rows if not is_deleted(s.fields + ("",) * 12)], IMPRESSION)
 
 
 def _join(observations: Sequence[Segment], code: str) -> str:
@@ -143,6 +147,7 @@ def _read_head(facts: Facts, segments: Sequence[Segment]) -> None:
             facts.add(MESSAGE, f"{segment.name}-{field}", withheld(segment.part(field)))
     facts.add(MESSAGE, "OBR-4", _code(obr, 4))
     facts.add(MESSAGE, "OBR-22", _time(obr.raw(22)))
+    read_interpreter(facts, MESSAGE, obr.raw(32), _unescape)
     for field in (7, 24, 25):
         facts.add(MESSAGE, f"OBR-{field}", obr.raw(field))
 
@@ -185,21 +190,22 @@ def _expect_head(facts: Facts, findings: Findings) -> None:
     facts.add(MESSAGE, "OBR-22", moment(findings.created_at))
     facts.add(MESSAGE, "OBR-7", f"{findings.study_date:%Y%m%d}" if findings.study_date else "")
     facts.add(MESSAGE, "OBR-24", "RAD")
+    expect_interpreter(facts, MESSAGE, findings)
     facts.add(MESSAGE, "OBR-25", STATUSES[findings.status][0])
 
 
-def _read_common(facts: Facts, observations: Sequence[Segment]) -> None:
-    """What every OBX must share, and the numbering."""
+def _read_common(facts: Facts, observations: Sequence[Segment], everything: Sequence[Segment]) -> None:
+    """What every OBX that gives a value must share, and the numbering of all."""
     for segment in observations:
         facts.add_once(MESSAGE, "OBX-11", segment.raw(11))
         if not _is_prior_value(segment):
             facts.add_once(MESSAGE, "OBX-14", segment.raw(14))
         facts.add_once(MESSAGE, "OBX-18", prose(" ".join(segment.parts(18))))
         facts.add_once(MESSAGE, "OBX-19", _time(segment.raw(19)))
-    numbers = [segment.raw(1) for segment in observations]
+    numbers = [segment.raw(1) for segment in everything]
     numbered = numbers == [str(n) for n in range(1, len(numbers) + 1)]
     facts.add(MESSAGE, "OBX-1", "counts from 1" if numbered else "does not count from 1 without gaps")
-    sub_ids = [segment.raw(4) for segment in observations]
+    sub_ids = [segment.raw(4) for segment in everything]
     facts.add(MESSAGE, "OBX-4", "distinct" if len({*sub_ids}) == len(sub_ids) else "repeated")
 
 

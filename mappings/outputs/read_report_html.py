@@ -18,6 +18,7 @@ from mappings.outputs.read_facts import (
     squeeze,
 )
 from mappings.outputs.read_report_text import PLAIN_LABELS, expect_blanks, expect_header_rows, plain_value
+from mappings.outputs.read_revision import check_lines, check_own_words, signature_words
 
 HTML = "report.html"
 DOCUMENT, STUDY = "document", "study"
@@ -89,11 +90,16 @@ def check_report_html(data: bytes, findings: Findings) -> list[str]:
     _read_comparison(found, page)
     slips = _check_impression(page, findings)
     slips += find_unsaid(page.text, findings)
+    told = [li.text for section in page.find("section", aria_labelledby="revision") for li in section.find("li")]
+    own_words = [p.text for section in page.find("section", aria_labelledby="own-words") for p in section.find("p")]
     banner = "".join(p.text for p in page.find("p", class_="banner"))
     model = f"{findings.model.name} version {findings.model.version}"
     if squeeze(model) not in squeeze(banner):
         slips.append(f"{DOCUMENT}: model: expected '{model}', which was not found")
-    return compare(HTML, _expect_all(findings), found) + [f"{HTML}: {slip}" for slip in slips]
+    if squeeze(signature_words(findings)) not in squeeze(banner):
+        slips.append(f"{DOCUMENT}: banner above: expected who signed, which was not found")
+    messages = compare(HTML, _expect_all(findings), found) + [f"{HTML}: {slip}" for slip in slips]
+    return messages + check_lines(HTML, told, findings) + check_own_words(HTML, " ".join(own_words), findings)
 
 
 def _read_top(facts: Facts, page: Element) -> None:

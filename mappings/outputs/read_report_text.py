@@ -24,6 +24,7 @@ from mappings.outputs.read_facts import (
     squeeze,
     withheld,
 )
+from mappings.outputs.read_revision import check_lines, check_own_words, signature_words
 
 TEXT = "report.txt"
 DOCUMENT, STUDY = "document", "study"
@@ -46,6 +47,7 @@ def check_report_text(data: bytes, findings: Findings) -> list[str]:
     clinical, technique = (sections.pop(name, []) for name in ("CLINICAL DATA", "TECHNIQUE"))
     _read_top(found, text, rows + _read_rows(clinical))
     read_comparison(found, sections.pop("COMPARISON", None))
+    told, own_words = sections.pop("REVISION", []), sections.pop("REPORT AS SIGNED", [])
     for name, lines in sections.items():
         if name not in ("", "IMPRESSION", "LEFT BLANK", "WHERE THE MARKS LEAD"):
             _read_marked(found, _read_rows(lines), findings)
@@ -57,11 +59,15 @@ def check_report_text(data: bytes, findings: Findings) -> list[str]:
     _read_ids(found, sections.get("WHERE THE MARKS LEAD", []))
     slips = _check_impression(impression, findings)
     slips += find_unsaid(text, findings)
+    if squeeze(signature_words(findings)) not in squeeze(_banners(text)[0]):
+        slips.append(f"{DOCUMENT}: banner above: expected who signed, which was not found")
     if squeeze(f"{findings.model.name} version {findings.model.version}") not in squeeze(_banners(text)[0]):
         slips.append(f"{DOCUMENT}: model: expected '{findings.model.name} version {findings.model.version}'")
     if not technique:
         slips.append(f"{DOCUMENT}: technique: expected a section, found none")
-    return compare(TEXT, _expect_all(findings), found) + [f"{TEXT}: {slip}" for slip in slips]
+    messages = compare(TEXT, _expect_all(findings), found) + [f"{TEXT}: {slip}" for slip in slips]
+    messages += check_lines(TEXT, [item.strip().removeprefix("- ") for item in _read_items(told)], findings)
+    return messages + check_own_words(TEXT, " ".join(own_words), findings)
 
 
 def _split_sections(text: str) -> dict[str, list[str]]:

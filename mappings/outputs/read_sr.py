@@ -29,11 +29,13 @@ from mappings.outputs.read_dicom import (
     find_references,
     items_of,
     merge,
+    plain_name,
     read_code,
     read_header,
     text_of,
 )
 from mappings.outputs.read_facts import Facts, compare, head, name_of, prose, withheld
+from mappings.outputs.read_revision import expect_lines
 
 STUDY = "study"
 MEASUREMENTS, GROUP, LIBRARY = "126010", "125007", "111028"
@@ -43,6 +45,7 @@ ALGORITHM_NAME, ALGORITHM_VERSION, ALGORITHM_MAKER, ALGORITHM_FAMILY = "111001",
 METHOD, DERIVATION = "370129005", "121401"
 SEGMENT, SEGMENT_SOURCE = "121191", "121233"
 PROCEDURE, DEVICE_UID, DEVICE_MODEL = "121058", "121012", "121015"
+PERSON_OBSERVER = "121008"
 KINDS = {
     codes.ORGAN.value: Code("123037004", "SCT", "Anatomical Structure"),
     codes.LESION.value: Code("49755003", "SCT", "Morphologically Abnormal Structure"),
@@ -93,6 +96,12 @@ def _read_document(report: Dataset, findings: Findings) -> Facts:
     facts = Facts()
     for keyword in ("VerificationFlag", "CompletionFlag", "PreliminaryFlag"):
         facts.add(DOCUMENT, keyword, text_of(report, keyword))
+    for item in items_of(report, "VerifyingObserverSequence"):
+        facts.add(DOCUMENT, "VerifyingObserverName", withheld(plain_name(text_of(item, "VerifyingObserverName"))))
+        for keyword in ("VerifyingOrganization", "VerificationDateTime"):
+            facts.add(DOCUMENT, keyword, withheld(text_of(item, keyword)))
+    for item in _children(report, PERSON_OBSERVER):
+        facts.add(DOCUMENT, "person observer", withheld(plain_name(text_of(item, "PersonName"))))
     facts.add(DOCUMENT, "CompletionFlagDescription", head(text_of(report, "CompletionFlagDescription")))
     for item in _children(report, PROCEDURE):
         facts.add(DOCUMENT, "procedure", read_code(item, "ConceptCodeSequence"))
@@ -125,10 +134,13 @@ def _read_request(facts: Facts, item: Dataset) -> None:
 def _expect_document(findings: Findings) -> Facts:
     facts = Facts()
     withdrawn = findings.status == "entered-in-error"
-    missing = "Missing: " + ", ".join(blank.name for blank in findings.blanks) if findings.blanks else ""
-    facts.add(DOCUMENT, "VerificationFlag", "UNVERIFIED")
-    facts.add(DOCUMENT, "CompletionFlag", "PARTIAL" if withdrawn or missing else "COMPLETE")
-    facts.add(DOCUMENT, "PreliminaryFlag", "FINAL" if findings.status in FINAL else "PRELIMINARY")
+    lead = "Complete as signed, left blank: " if findings.signature else "Missing: "
+    missing = lead + ", ".join(blank.name for blank in findings.blanks) if findings.blanks else ""
+    partial = findings.signature is None and bool(withdrawn or missing)
+    facts.add(DOCUMENT, "VerificationFlag", "VERIFIED" if findings.signature else "UNVERIFIED")
+    _expect_signature(facts, findings)
+    facts.add(DOCUMENT, "CompletionFlag", "PARTIAL" if partial else "COMPLETE")
+    facts.add(DOCUMENT, "PreliminaryFlag", "FINAL" if findings.status in FINAL or findings.rejection else "PRELIMINARY")
     facts.add(DOCUMENT, "CompletionFlagDescription", head("Withdrawn: entered in error" if withdrawn else missing))
     facts.add(DOCUMENT, "procedure", name_of(_procedure(findings)))
     model = findings.model
@@ -140,6 +152,15 @@ def _expect_document(findings: Findings) -> Facts:
     for uid in dict.fromkeys(seen.sop_instance_uid for f in findings.findings for seen in f.evidence):
         facts.add(DOCUMENT, f"image library lists {uid}", "yes")
     return facts
+
+
+def _expect_signature(facts: Facts, findings: Findings) -> None:
+    signed = findings.signature
+    if signed is not None:
+        facts.add(DOCUMENT, "VerifyingObserverName", withheld(plain_name(signed.person)))
+        facts.add(DOCUMENT, "VerifyingOrganization", withheld(signed.organisation.strip()))
+        facts.add(DOCUMENT, "VerificationDateTime", withheld(f"{signed.signed_at:%Y%m%d%H%M%S%z}"))
+        facts.add(DOCUMENT, "person observer", withheld(plain_name(signed.person)))
 
 
 def _procedure(findings: Findings) -> Code:
@@ -293,7 +314,8 @@ def _expect_study(findings: Findings) -> Facts:
     """What holds for the whole study has a group of its own, unless there is nothing to say."""
     facts = Facts()
     comments = [f"Left blank: {blank.name}: {blank.reason}" for blank in findings.blanks] + [*findings.warnings]
-    comments += comparison_comments(findings)
+    comments += [*comparison_comments(findings), *expect_lines(findings)]
+    comments += [f"Report as signed: {findings.report_text}"] if findings.report_text else []
     if findings.findings and not (findings.assessments or findings.psa or findings.comparison or comments):
         return facts
     facts.add(STUDY, "measurement groups", "one")

@@ -167,10 +167,8 @@ def match_lesions(
     `align_glands` unless given. Raises PriorRefused as `check_prior` and `align_glands` do."""
     days = check_prior(current, prior)
     transform = transform or align_glands(current, prior)
-    placed = [_moved(lesion, transform) for lesion in prior.lesions]
-    costs = _costs(current, placed, gates)
-    best, total = _assign(costs, gates)
-    candidates = _alternatives(costs, best, total, gates)
+    placed = [move_lesion(lesion, transform) for lesion in prior.lesions]
+    best, candidates = pair_lesions(current, placed, gates)
     sitting = _Sitting(current, prior, days)
     rows = [
         _row(sitting, lesion, placed, best.get(i), sorted(candidates.get(i, ())))
@@ -181,6 +179,14 @@ def match_lesions(
     return (*rows, *(LesionChange("gone", days, prior=_ref(prior, lesion)) for lesion in gone))
 
 
+def pair_lesions(current: Findings, placed: Sequence[Finding], gates: Gates) -> tuple[Pairs, Mapping[int, set[int]]]:
+    """Which of `placed` (lesions of another reading, at their places in the current one) each current lesion is, by
+    position in both; and for each current lesion that the positions do not decide, those that it may be."""
+    costs = _costs(current, placed, gates)
+    best, total = _assign(costs, gates)
+    return best, _alternatives(costs, best, total, gates)
+
+
 @dataclass(frozen=True)
 class _Sitting:
     current: Findings
@@ -188,7 +194,7 @@ class _Sitting:
     days: int
 
 
-def _moved(lesion: Finding, transform: Transform) -> Finding:
+def move_lesion(lesion: Finding, transform: Transform) -> Finding:
     """The prior lesion at its place in the current study."""
     return replace(lesion, centroid_lps_mm=transform(lesion.centroid_lps_mm)) if lesion.centroid_lps_mm else lesion
 

@@ -23,7 +23,7 @@ MODEL_OUTPUTS = ("gland", "zones", "lesions", "scores")
 """The tensors that findings are made of (mappings/reading/tensors_to_findings.py)."""
 SPACING_SHAPE = (3,)
 ARTIFACT_KINDS = {
-    "pacs": frozenset({"seg", "sr", "key_images"}),
+    "pacs": frozenset({"seg", "sr", "key_images", "rejection_note"}),
     "ehr": frozenset({"fhir_bundle"}),
     "ris": frozenset({"oru"}),
 }

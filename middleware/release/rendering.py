@@ -17,6 +17,7 @@ from mappings.outputs.findings_to_bundle import findings_to_bundle
 from mappings.outputs.findings_to_draft import findings_to_draft
 from mappings.outputs.findings_to_key_images import findings_to_key_images, key_image_to_sc
 from mappings.outputs.findings_to_oru import findings_to_oru
+from mappings.outputs.findings_to_rejection_note import findings_to_rejection_note
 from mappings.outputs.findings_to_seg import findings_to_seg
 from mappings.outputs.findings_to_sr import findings_to_sr
 from middleware.intake.images import RoleImages
@@ -58,9 +59,11 @@ def render_all(
     images: RoleImages,
     environment: jinja2.Environment,
     addresses: Addresses,
+    former_oru: bytes | None = None,
 ) -> list[Artifact]:
     """Every artifact of a result, in the order in which a destination should get them (SEG before the SR that
-    refers to it). The same arguments give the same bytes."""
+    refers to it, the rejection of what they replace last). `former_oru` is the message of the revision that this one
+    replaces. The same arguments give the same bytes."""
     reference = images.sources[protocol.measure.reference_role]
     read = [dataset for datasets in images.sources.values() for dataset in datasets]
     draft = findings_to_draft(findings, environment, protocol.outputs.template)
@@ -72,6 +75,8 @@ def render_all(
         secondary = key_image_to_sc(findings, image, by_uid[image.source_sop_uid])
         artifacts.append(Artifact(f"key-images/{image.name}.png", "key_image_png", "image/png", image.png))
         artifacts.append(_dicom(f"key-images/{image.name}.dcm", "key_images", secondary))
+    note = findings_to_rejection_note(findings, reference)
+    artifacts += [_dicom("rejection.dcm", "rejection_note", note)] if note is not None else []
     oru = findings_to_oru(
         findings,
         text=draft.text,
@@ -82,6 +87,7 @@ def render_all(
         processing_id=addresses.processing_id,
         utc_offset=findings.created_at.astimezone(addresses.zone).utcoffset(),
         procedure=protocol.procedure,
+        former=former_oru,
     )
     bundle = findings_to_bundle(
         findings, html=draft.html, text=draft.text, procedure=protocol.procedure, same_server=addresses.ehr_gave_context

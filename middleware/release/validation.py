@@ -36,10 +36,11 @@ NEEDED = {
         "PixelData",
     ),
     "SR": ("ContentSequence", "CompletionFlag", "VerificationFlag", "CurrentRequestedProcedureEvidenceSequence"),
+    "KO": ("ContentSequence", "ConceptNameCodeSequence", "CurrentRequestedProcedureEvidenceSequence"),
     "OT": ("Rows", "Columns", "PixelData", "ConversionType", "PhotometricInterpretation"),
 }
 """Attributes that must hold a value (type 1, and Patient ID, without which no archive can file the object), for
-every object and by modality (PS3.3 A.51, A.35.13, A.8.1)."""
+every object and by modality (PS3.3 A.51, A.35.13, A.35.4, A.8.1)."""
 
 PRESENT = ("PatientName", "PatientBirthDate", "PatientSex", "StudyDate", "StudyTime", "AccessionNumber", "StudyID")
 """Attributes that must be there, with or without a value (type 2)."""
@@ -50,14 +51,18 @@ SHORTEST_WITHHELD = 3
 
 
 def find_faults(
-    findings: Findings, contents: Mapping[str, bytes], masks: Mapping[str, npt.NDArray[Any]] | None
+    findings: Findings,
+    contents: Mapping[str, bytes],
+    masks: Mapping[str, npt.NDArray[Any]] | None,
+    former_oru: bytes | None = None,
 ) -> tuple[str, ...]:
     """Every reason why a result must not be released, one sentence each, the artifact's name first.
 
     `contents` are the rendered bytes by artifact name, `masks` the model's masks `(z, y, x)`. A judge that fails
-    on an artifact is a fault of that artifact. Names and ids of the patient are taken out of what judges say.
+    on an artifact is a fault of that artifact. `former_oru` is the message of the revision that is replaced. Names
+    and ids of the patient are taken out of what judges say.
     """
-    faults = list(check_consistency(findings, contents, masks))
+    faults = list(check_consistency(findings, contents, masks, former_oru))
     datasets: dict[str, Dataset] = {}
     for name, data in contents.items():
         faults += _judge(name, partial(_check_size, name, data))
