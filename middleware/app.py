@@ -34,14 +34,20 @@ from middleware.subscribing import listen_to_ehr
 from middleware.systems import Systems
 from middleware.taking_over import look_after_workers
 from middleware.watching import watch_studies
-from middleware.workflow import read_study
+from middleware.workflow import correct_result, read_study
 
 
 async def start_reading(job: StudyJob) -> None:
-    """Queue the job's workflow; queueing the same run again changes nothing."""
+    """Queue the job's workflow, a reading or a change to its result; queueing the same run again changes nothing."""
     if job.state == "accepted":
+        change = job.facts.get("change")
         with SetWorkflowID(workflow_id(job)):
-            await DBOS.enqueue_workflow_async(READING_QUEUE, read_study, job.job_id, job.study_instance_uid)
+            if change:
+                await DBOS.enqueue_workflow_async(
+                    READING_QUEUE, correct_result, job.job_id, job.study_instance_uid, change
+                )
+            else:
+                await DBOS.enqueue_workflow_async(READING_QUEUE, read_study, job.job_id, job.study_instance_uid)
 
 
 async def sweep(systems: Systems) -> int:

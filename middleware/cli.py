@@ -24,6 +24,7 @@ from sqlalchemy.exc import DBAPIError
 from middleware import app as service
 from middleware import (
     checking,
+    correction_desk,
     delivery_desk,
     explaining,
     holding_desk,
@@ -36,6 +37,7 @@ from middleware import (
 from middleware.errors import SettingsError
 from middleware.intake.holding import reject_study, release_study
 from middleware.intake.protocols import BUNDLED, load_protocol, load_protocols, replace_protocol
+from middleware.release.corrections import Change
 from middleware.release.redelivering import Replay, Word
 from middleware.settings import Settings, load_settings
 
@@ -228,6 +230,52 @@ def _user() -> str:
         return getpass.getuser()
     except (KeyError, OSError):  # a container whose user has no name
         raise SettingsError("the user who runs this command has no name here: say who decides with --person") from None
+
+
+NameOption = Annotated[str, typer.Option("--person", help="Who: family^given, as DICOM writes names.")]
+StudyArgument = Annotated[str, typer.Argument(help="The study's StudyInstanceUID, or the job's id.")]
+EditsOption = Annotated[
+    Path | None, typer.Option(help="JSON file: a list of {kind, tracking_id, key, value, reason}; see docs/results.md.")
+]
+
+
+@cli.command()
+def sign(
+    study: StudyArgument,
+    person: NameOption,
+    organisation: Annotated[str, typer.Option(help="For which organisation.")],
+    edits: EditsOption = None,
+    text: Annotated[Path | None, typer.Option(help="The report in the signer's own words (UTF-8 text).")] = None,
+    adopt: Annotated[bool, typer.Option("--adopt", help="Take over the new reading that is held.")] = False,
+    config: ConfigOption = None,
+) -> None:
+    """Sign a released result: final in EHR, RIS and PACS, with what was changed; again after that: corrected."""
+    at = datetime.now().astimezone()
+    words = text.read_text(encoding="utf-8") if text else None
+    changes = correction_desk.read_edits(edits, person, at)
+    asked = Change("sign", person, at, "signed", organisation, changes, words, adopt)
+    correction_desk.change(load_settings(config), study, asked, screen)
+
+
+@cli.command()
+def edit(
+    study: StudyArgument,
+    person: NameOption,
+    reason: ReasonOption,
+    edits: EditsOption = None,
+    config: ConfigOption = None,
+) -> None:
+    """Change a released result that nobody has signed yet; it stays preliminary."""
+    at = datetime.now().astimezone()
+    asked = Change("edit", person, at, reason, edits=correction_desk.read_edits(edits, person, at))
+    correction_desk.change(load_settings(config), study, asked, screen)
+
+
+@cli.command()
+def withdraw(study: StudyArgument, person: NameOption, reason: ReasonOption, config: ConfigOption = None) -> None:
+    """Take a released result back: entered in error in every system that got it. Nothing follows it."""
+    asked = Change("withdraw", person, datetime.now().astimezone(), reason)
+    correction_desk.change(load_settings(config), study, asked, screen)
 
 
 deliveries_cli = typer.Typer(invoke_without_command=True, help="List deliveries, or show one of them.")

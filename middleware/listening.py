@@ -4,18 +4,22 @@ import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
-from datetime import timedelta
+from datetime import datetime, timedelta
 from functools import partial
 
 from connectors.errors import ConnectorError
 from mappings.inputs.dicom_json import first_value
+from mappings.model.revision import OwnReport, RevisionRefused
 from middleware import telemetry
 from middleware.bootstrap import open_listener
 from middleware.intake.hearing import Hearing, HearingPolicy
+from middleware.intake.holding import NotDecidable
 from middleware.intake.inbox import hear_of_study
 from middleware.intake.room import check_room
+from middleware.release.corrections import Change, ask_for_change
 from middleware.settings import Settings
-from middleware.store.heard import OrderRecord
+from middleware.store.heard import OrderRecord, ReportRecord
+from middleware.store.tables import StudyJob
 from middleware.systems import Systems
 
 LOOK_AGAIN_S = 30.0
@@ -23,6 +27,7 @@ LOOK_AGAIN_S = 30.0
 SLOWEST_LOOK = timedelta(hours=2)
 LOOK_BACK_DAYS = 180
 """So long after its last change the study of an order is looked for in the PACS."""
+TELL_DAYS = 30
 STILL_LOOK_H = 12
 """So long after an order's last change more of its studies may come."""
 TURN_S = 1.0
@@ -77,6 +82,7 @@ async def _look_forever(systems: Systems) -> None:
     while True:
         try:
             await _look_for_studies(systems)
+            await asyncio.to_thread(tell_reports, systems)
         except Exception as error:  # the store is away
             telemetry.log("studies of orders not looked for", source="order", kind=type(error).__name__)
         await asyncio.sleep(TURN_S)
@@ -104,6 +110,33 @@ async def _look_for_studies(systems: Systems) -> None:
         await asyncio.to_thread(
             systems.heard.looked_for, order, now, None if is_over else now + pause, is_found=bool(studies)
         )
+
+
+def tell_reports(systems: Systems) -> None:
+    """Let results know of the radiologist's own final report that came after them: the next revision says so."""
+    now = systems.now()
+    for report in systems.heard.reports_to_tell(now - timedelta(days=TELL_DAYS)):
+        jobs = systems.store.jobs_of_study(report.study_instance_uid) if report.study_instance_uid else []
+        jobs = jobs or systems.store.jobs_of_accession(report.accession_number)
+        if jobs and all(_is_told(job, report, systems, now) for job in jobs):
+            systems.heard.told_of(report, now)
+
+
+def _is_told(job: StudyJob, report: ReportRecord, systems: Systems, now: datetime) -> bool:
+    """Whether nothing is left to tell a job of a report; False to try again later."""
+    if job.state in ("waiting", "accepted", "reading", "failed"):
+        return False  # its reading looks for the report itself, or a change is under way
+    if job.state != "released" or not job.facts.get("released"):
+        return True
+    own = OwnReport("C" if report.status == "C" else "F", report.reported_at)
+    change = Change("report", "radiologist", now, "the radiologist's own final report came (ORU^R01)", report=own)
+    try:
+        ask_for_change(systems.store, systems.artifacts, job.job_id, change)
+    except RevisionRefused:  # it says so already, or was withdrawn
+        return True
+    except NotDecidable:
+        return False
+    return True
 
 
 async def _hear_of(study_uid: str, order: OrderRecord, systems: Systems) -> None:

@@ -10,7 +10,7 @@ import io
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
@@ -25,10 +25,13 @@ from mappings.model.changes import PriorStudy
 from mappings.model.context import ClinicalContext
 from mappings.model.findings import Findings, ModelIdentity, RoleChoice
 from mappings.model.protocol import Protocol
+from mappings.model.revision import RevisionRefused
 from mappings.model.study import Study
 from mappings.reading.priors_to_findings import with_comparison
+from mappings.reading.rerun_to_revision import merge_rerun, reports_the_same
 from mappings.reading.tensors_to_findings import AnswerUnusable, Reading, check_answer, tensors_to_findings
 from mappings.reading.volumes_to_tensors import volumes_to_tensors
+from mappings.rules.result_status import find_report_refusal
 from middleware import durable, telemetry
 from middleware.errors import Stopped
 from middleware.intake.context import read_chart, search_chart, search_identity
@@ -39,11 +42,12 @@ from middleware.intake.inbox import FIRST_LATE_LOOK, next_try_at, run_started_at
 from middleware.intake.priors import find_in_ehr, find_in_pacs, find_own, join_priors, load_findings
 from middleware.intake.room import check_room
 from middleware.ports import FetchedStudy
+from middleware.release.corrections import find_own_report, with_own_report
 from middleware.release.deliveries import PRIORITIES, ROUTINE, Errand, plan_deliveries
 from middleware.release.rendering import Addresses, render_all
 from middleware.release.validation import find_faults
 from middleware.store.issuers import Issuers
-from middleware.store.tables import ArtifactRecord, StepRun, StudyJob
+from middleware.store.tables import ArtifactRecord, Delivery, StepRun, StudyJob
 from middleware.systems import Systems
 from middleware.turns import take_turn
 
@@ -237,7 +241,12 @@ async def choose_protocol(job_id: str, study_uid: str, images: Images, wanted: s
 
 def _whose(study: Study) -> dict[str, str]:
     day = study.study_date.isoformat() if study.study_date else ""
-    return {"patient_id": study.patient.patient_id, "patient_issuer": study.patient.issuer, "study_date": day}
+    return {
+        "patient_id": study.patient.patient_id,
+        "patient_issuer": study.patient.issuer,
+        "study_date": day,
+        "accession_number": study.accession_number,
+    }
 
 
 async def _decide(job_id: str, study: Study, context: ClinicalContext | None, wanted: str) -> Route:
@@ -475,10 +484,16 @@ async def derive_findings(
     async with _run("findings", job_id) as watch:
         loaded = await _role_images(job_id, route)
         findings = await asyncio.to_thread(_derive, job_id, loaded, context, priors, answered)
-        digest = _dump(_FINDINGS, findings)
-        systems().store.update_job(job_id, systems().now(), facts={"answer": dict(answered)})
-        watch.detail = _summary(findings)
-        return digest
+        facts: dict[str, Any] = {"answer": dict(answered), "derived": keep_findings(findings)}
+        try:
+            revision = _as_revision(findings, systems().store.job(job_id))
+        except RevisionRefused as refusal:  # a person's result stands against it: they must look, and it waits for them
+            held = {"held_reading": facts["derived"], "held_from": {"route": dict(route), "answered": dict(answered)}}
+            systems().store.update_job(job_id, systems().now(), facts={**facts, **held})
+            raise Stopped("held", (str(refusal),)) from refusal
+        systems().store.update_job(job_id, systems().now(), facts={**facts, "held_reading": None})
+        watch.detail = _summary(revision)
+        return keep_findings(revision)
 
 
 def _derive(
@@ -512,7 +527,7 @@ def _derive(
         artifacts = systems().artifacts
         known = [(p, load_findings(artifacts, digest, study) if digest else None) for p, digest in priors.found]
         findings = with_comparison(findings, known)
-    return _as_revision(findings, job)
+    return with_own_report(findings, find_own_report(systems().heard, study))
 
 
 def _released_warnings(job: StudyJob) -> tuple[str, ...]:
@@ -521,24 +536,30 @@ def _released_warnings(job: StudyJob) -> tuple[str, ...]:
     return tuple(f"Released by {despite['person']} although {reason}." for reason in despite["reasons"])
 
 
+def keep_findings(findings: Findings) -> str:
+    """Keep findings; their digest."""
+    return _dump(_FINDINGS, findings)
+
+
 def _as_revision(findings: Findings, job: StudyJob) -> Findings:
-    """The released findings themselves where nothing that is reported differs, else the next revision after them."""
-    if "findings" not in job.facts:
+    """The released findings themselves where the reading says nothing new, else the next revision after them. Raises
+    RevisionRefused where a person's result stands against it."""
+    if not job.facts.get("findings"):
         return findings
     released = _load(_FINDINGS, job.facts["findings"])
-    if _reported(findings) == _reported(released):
+    last_read = _load(_FINDINGS, job.facts["read_findings"]) if job.facts.get("read_findings") else released
+    if reports_the_same(last_read, findings):
         return released
-    return replace(findings, revision=released.revision + 1, predecessor_revision=released.revision)
+    return merge_rerun(released, findings, findings.created_at)
 
 
-def _reported(findings: Findings) -> bytes:
-    """The findings without what differs each time: the revision, the time, and why the other series of the study
-    were refused, since our own results are among them once the PACS has them."""
-    roles = tuple(replace(role, reasons=()) for role in findings.roles)
-    same_each_time = replace(
-        findings, revision=0, predecessor_revision=None, created_at=datetime.min, status="preliminary", roles=roles
-    )
-    return _FINDINGS.dump_json(same_each_time)
+def _former_oru(job_id: str, result: Findings) -> bytes | None:
+    """The RIS message of the revision that this one replaces, where there was one."""
+    if result.predecessor_revision is None:
+        return None
+    records = systems().store.artifacts(job_id, result.predecessor_revision)
+    digest = next((record.digest for record in records if record.name == "oru.hl7"), None)
+    return systems().artifacts.get(digest) if digest else None
 
 
 def _summary(findings: Findings) -> str:
@@ -581,7 +602,8 @@ def _render(job_id: str, role_images: _RoleImages, answered: Answered, findings:
     result = _load(_FINDINGS, findings)
     arrays = _kept_arrays(answered["arrays"])
     masks = {name: arrays[name] for name in ("gland", "zones", "lesions")}
-    rendered = render_all(result, protocol, masks, loaded, systems().templates, _addresses())
+    former = _former_oru(job_id, result)
+    rendered = render_all(result, protocol, masks, loaded, systems().templates, _addresses(), former)
     return [
         ArtifactRecord(
             artifact_id=f"{job_id}/{result.revision}/{position:03}",
@@ -606,32 +628,55 @@ async def validate(job_id: str, findings: str, answered: Answered) -> None:
         records = systems().store.artifacts(job_id, result.revision)
         contents = {record.name: systems().artifacts.get(record.digest) for record in records}
         masks = _kept_arrays(answered["arrays"])
-        faults = await asyncio.to_thread(find_faults, result, contents, masks)
+        former = _former_oru(job_id, result)
+        faults = await asyncio.to_thread(find_faults, result, contents, masks, former)
         if faults:
             raise Stopped("quarantined", faults)
         watch.detail = f"{len(contents)} artifacts agree with the findings and their standards"
 
 
 @durable.step
-async def plan_release(job_id: str, route: Route, findings: str) -> Planned:
-    """Write down what goes where, and how urgently. From here on the result is released."""
+async def plan_release(job_id: str, route: Route, answered: Answered, findings: str) -> Planned:
+    """Write down what goes where, and how urgently. From here on the result is released. A withdrawal needs no identity
+    to agree: it may be why the result is withdrawn."""
     async with _run("release", job_id) as watch:
         protocol = systems().protocols[route["protocol"]].protocol
-        study = _load(_STUDY, route["study"])
-        context = await _check_identity_again(job_id, study)
+        study, result = _load(_STUDY, route["study"]), _load(_FINDINGS, findings)
+        is_withdrawn = result.status == "entered-in-error"
+        context = result.context if is_withdrawn else await _check_identity_again(job_id, study)
         store, now = systems().store, systems().now()
-        revision = _load(_FINDINGS, findings).revision
+        revision = result.revision
         urgency = PRIORITIES.get(context.order.priority, ROUTINE) if context.order else ROUTINE
         errand = Errand(job_id, revision, study.accession_number or job_id, urgency)
         artifacts = store.artifacts(job_id, revision)
         planned = plan_deliveries(errand, protocol.outputs, systems().configured(), artifacts, now)
+        _withhold_from_ris(planned, study, result)
         store.plan_deliveries(job_id, revision, planned, now)
-        store.update_job(job_id, now, revision=revision, facts={"findings": findings})
+        facts: dict[str, Any] = {
+            "findings": findings,
+            "released": {"route": dict(route), "answered": dict(answered)},
+        }
+        was = store.job(job_id).facts
+        if not was.get(
+            "change"
+        ):  # what the model says, apart from what people make of it: the next is compared with it
+            facts["read_findings"] = was.get("derived")
+        store.update_job(job_id, now, revision=revision, facts=facts)
         destinations = list(dict.fromkeys(d.destination for d in planned))
         watch.detail = (
             f"{len(planned)} deliveries to {', '.join(destinations) or 'nowhere (no destination configured)'}"
         )
         return Planned(destinations=destinations, priority=urgency)
+
+
+def _withhold_from_ris(planned: list[Delivery], study: Study, result: Findings) -> None:
+    """Plan no message to a RIS that has the radiologist's own final report and would see its status go back; the
+    delivery says why, and a person may send it all the same."""
+    own = find_own_report(systems().heard, study)
+    refusal = find_report_refusal(own.status, result.status) if own else ""
+    for delivery in planned:
+        if refusal and delivery.destination == "ris":
+            delivery.state, delivery.reason = "dead", refusal
 
 
 async def _apply_what_came() -> None:
@@ -680,7 +725,9 @@ async def conclude(job_id: str, workflow: str, state: str, reasons: list[str]) -
         return workflow_id(store.job(job_id))
     now, before = systems().now(), store.job(job_id)
     since = (before.facts.get("failing_since") or now.isoformat()) if state == "failed" else ""
-    store.update_job(job_id, now, facts={"failing_since": since})
+    # A change that failed since a system was away is made by the next try; any other end settles it.
+    settled = {} if state == "failed" else {"change": ""}
+    store.update_job(job_id, now, facts={"failing_since": since, **settled})
     look_at = None if before.facts.get("by_command") else _next_look(state, since, now)
     is_asked_again = store.conclude_job(job_id, now, state, reasons, look_at=look_at)
     telemetry.JOBS.labels(state).inc()

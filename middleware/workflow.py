@@ -1,12 +1,12 @@
 """The product, top to bottom: what happens to a study from the moment Wetread hears of it.
 
-Both functions are durable (DBOS Transact): killed at any point, they go on after the last finished step. Steps
+The workflows are durable (DBOS Transact): killed at any point, they go on after the last finished step. Steps
 may run twice, so every effect is safe to repeat: its ids derive from the job and its revision.
 """
 
 from dbos import DBOS, SetWorkflowID, error
 
-from middleware import delivering, steps
+from middleware import correcting, delivering, steps
 from middleware.errors import Stopped
 
 
@@ -27,13 +27,43 @@ async def read_study(job_id: str, study_uid: str, wanted_protocol: str = "") -> 
         findings = await steps.derive_findings(job_id, images, route, context, priors, answered)
         await steps.render(job_id, images, route, answered, findings)
         await steps.validate(job_id, findings, answered)
-        planned = await steps.plan_release(job_id, route, findings)
+        planned = await steps.plan_release(job_id, route, answered, findings)
     except Stopped as stop:
         ended, reasons = stop.state, stop.reasons
     except error.DBOSException:
         raise
     except Exception as fault:
         ended, reasons = "failed", (steps.describe_fault(fault),)
+    return await _hand_over(job_id, study_uid, planned, ended, reasons, wanted_protocol)
+
+
+@DBOS.workflow()
+async def correct_result(job_id: str, study_uid: str, change: str) -> str:
+    """Release the next revision of a result that a person changed, signed or withdrew (or that the radiologist's own
+    report stands beside) to every destination; the state in which that ended."""
+    planned = steps.Planned(destinations=[], priority=0)
+    ended: str = "released"
+    reasons: tuple[str, ...] = ()
+    try:
+        images = await steps.fetch_images(job_id, study_uid)
+        was = await correcting.recall(job_id, change)
+        findings = await correcting.apply_change(job_id, change)
+        await steps.render(job_id, images, was["route"], was["answered"], findings)
+        await steps.validate(job_id, findings, was["answered"])
+        planned = await steps.plan_release(job_id, was["route"], was["answered"], findings)
+    except Stopped as stop:
+        ended, reasons = stop.state, stop.reasons
+    except error.DBOSException:
+        raise
+    except Exception as fault:
+        ended, reasons = "failed", (steps.describe_fault(fault),)
+    return await _hand_over(job_id, study_uid, planned, ended, reasons, "")
+
+
+async def _hand_over(
+    job_id: str, study_uid: str, planned: steps.Planned, ended: str, reasons: tuple[str, ...], wanted_protocol: str
+) -> str:
+    """Start a `deliver` for each destination, remember how the run ended, and go on with what came meanwhile."""
     for destination in planned["destinations"]:
         with SetWorkflowID(f"{DBOS.workflow_id}/{destination}"):
             await delivering.start(deliver, job_id, destination, planned["priority"])

@@ -82,7 +82,8 @@ class PatientRecord(SQLModel, table=True):
 
 
 class ReportRecord(SQLModel, table=True):
-    """The radiologist's own report on an order, its latest state."""
+    """The radiologist's own report on an order, its latest state. `told_at` is when the result of its study was told of
+    it."""
 
     __tablename__ = "report_record"
     report_key: str = Field(primary_key=True)
@@ -96,3 +97,4 @@ class ReportRecord(SQLModel, table=True):
     text: str = ""
     reported_at: datetime | None = time_field(nullable=True)
     updated_at: datetime = time_field()
+    told_at: datetime | None = time_field(nullable=True)

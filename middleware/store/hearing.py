@@ -13,10 +13,12 @@ from sqlalchemy import Engine, and_, func, or_
 from sqlalchemy.dialects import postgresql, sqlite
 from sqlmodel import Session, SQLModel, col, select
 
-from middleware.store.heard import HeardMessage, OrderRecord, PatientRecord, RefusedNumber
+from middleware.store.heard import HeardMessage, OrderRecord, PatientRecord, RefusedNumber, ReportRecord
 from middleware.store.issuers import Issuers, are_other_issuers, are_same_issuer, may_be_same_issuer
 from middleware.store.queries import changing
 
+FINAL = ("F", "C")
+"""OBR-25 of a report that a radiologist stands behind."""
 UNWANTED = ("cancelled", "discontinued")
 """Statuses of an order that nobody wants carried out."""
 
@@ -170,6 +172,33 @@ class HearingStore:
             if known is not None and known.updated_at == order.updated_at:
                 known.look_after = look_after
                 known.handed_at = now if is_found and not known.handed_at else known.handed_at
+                session.add(known)
+
+    def final_reports(self, study_instance_uid: str, accession_number: str) -> list[ReportRecord]:
+        """The radiologist's own final (or corrected) reports on a study, the latest change first."""
+        named = col(ReportRecord.study_instance_uid) == study_instance_uid
+        if accession_number:
+            named = or_(named, col(ReportRecord.accession_number) == accession_number)
+        with Session(self._engine, expire_on_commit=False) as session:
+            query = select(ReportRecord).where(named, col(ReportRecord.status).in_(FINAL))
+            return list(session.exec(query.order_by(col(ReportRecord.updated_at).desc())))
+
+    def reports_to_tell(self, since: datetime, limit: int = 50) -> list[ReportRecord]:
+        """Final reports changed since then that no result was told of, the latest first."""
+        with Session(self._engine, expire_on_commit=False) as session:
+            query = select(ReportRecord).where(
+                col(ReportRecord.status).in_(FINAL),
+                col(ReportRecord.updated_at) >= since,
+                or_(col(ReportRecord.told_at).is_(None), col(ReportRecord.told_at) < col(ReportRecord.updated_at)),
+            )
+            return list(session.exec(query.order_by(col(ReportRecord.updated_at).desc()).limit(limit)))
+
+    def told_of(self, report: ReportRecord, now: datetime) -> None:
+        """Remember that a result was told of a report."""
+        with self.changing() as session:
+            known = session.get(ReportRecord, report.report_key)
+            if known is not None:
+                known.told_at = now
                 session.add(known)
 
     def was_merged_away(self, patient_id: str, issuer: str = "") -> bool:

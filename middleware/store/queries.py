@@ -163,6 +163,12 @@ class Store:
             query = select(StudyJob).where(StudyJob.study_instance_uid == study_instance_uid)
             return list(session.exec(query.order_by(col(StudyJob.created_at))))
 
+    def jobs_of_accession(self, accession_number: str) -> list[StudyJob]:
+        """All jobs of studies whose images name this accession number."""
+        with self._session() as session:
+            query = select(StudyJob).where(StudyJob.accession_number == accession_number)
+            return list(session.exec(query.order_by(col(StudyJob.created_at)))) if accession_number else []
+
     def jobs_of_patient(self, patient_ids: Collection[str]) -> list[StudyJob]:
         """All jobs of studies whose images name one of these patient ids, of any issuer; the newest study first."""
         with self._session() as session:
@@ -200,8 +206,8 @@ class Store:
         facts: dict[str, Any] | None = None,
         images: Mapping[str, str] | None = None,
     ) -> None:
-        """Change what is given; `facts` are merged into those there. `images` are patient_id, patient_issuer and
-        study_date as the images state them."""
+        """Change what is given; `facts` are merged into those there. `images` are patient_id, patient_issuer,
+        study_date and accession_number as the images state them."""
         with self._changing() as session:
             job = self._existing_job(session, job_id, for_update=True)
             job.updated_at = now
@@ -261,7 +267,7 @@ class Store:
                 known = session.get(Delivery, delivery.delivery_id, with_for_update=True)
                 if known is None:
                     session.add(delivery)
-                elif known.state == "dead":
+                elif known.state == "dead" and delivery.state != "dead":  # what is withheld stays so
                     known.state, known.reason, known.updated_at = "pending", "", now
                     known.tried_since, known.due_at = None, None
             older = select(Delivery).where(Delivery.job_id == job_id, col(Delivery.revision) < revision)

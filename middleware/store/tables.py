@@ -68,6 +68,7 @@ class StudyJob(SQLModel, table=True):
     patient_id: str = Field(default="", index=True)
     patient_issuer: str = ""
     study_date: str = ""
+    accession_number: str = Field(default="", index=True)
     look_at: datetime | None = time_field(nullable=True, index=True)
     created_at: datetime = time_field()
     updated_at: datetime = time_field()
