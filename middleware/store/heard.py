@@ -96,5 +96,5 @@ class ReportRecord(SQLModel, table=True):
     status: str = ""
     text: str = ""
     reported_at: datetime | None = time_field(nullable=True)
-    updated_at: datetime = time_field()
+    updated_at: datetime = time_field(index=True)
     told_at: datetime | None = time_field(nullable=True)
