@@ -9,17 +9,12 @@ from pathlib import Path
 
 from middleware import telemetry
 from middleware.bootstrap import open_systems
-from middleware.listening import listen_to_hl7
+from middleware.listening import listen_to_messages
 from middleware.settings import HearingSettings, Settings
-from middleware.store.tables import StudyJob
-
-
-async def _start_nothing(job: StudyJob) -> None:
-    raise AssertionError(f"no PACS is configured, and job {job.job_id} is to start")
 
 
 async def _hear(settings: Settings) -> None:
-    async with open_systems(settings) as systems, listen_to_hl7(systems, _start_nothing):
+    async with open_systems(settings) as systems, listen_to_messages(systems):
         await asyncio.Event().wait()
 
 
