@@ -99,6 +99,10 @@ class Hospital:
         finally:
             self.gate.unlink()
 
+    def delivery_states(self, job_id: str, *destinations: str) -> set[str]:
+        """The states of a job's deliveries to these destinations now."""
+        return {d.state for d in self.site.store.deliveries(job_id=job_id) if d.destination in destinations}
+
     def settle_deliveries(self, job_id: str) -> dict[str, set[str]]:
         """The states of a job's deliveries by destination, once none is under way."""
 
@@ -109,7 +113,7 @@ class Hospital:
             done = {"delivered", "dead", "ambiguous"}
             return states if states and all(some <= done for some in states.values()) else None
 
-        found: dict[str, set[str]] = until(settled, 60, "delivering")
+        found: dict[str, set[str]] = until(settled, 90, "delivering")
         return found
 
     def assert_nothing_left(self, fresh: Copy) -> None:
