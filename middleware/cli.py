@@ -235,7 +235,8 @@ def _user() -> str:
 NameOption = Annotated[str, typer.Option("--person", help="Who: family^given, as DICOM writes names.")]
 StudyArgument = Annotated[str, typer.Argument(help="The study's StudyInstanceUID, or the job's id.")]
 EditsOption = Annotated[
-    Path | None, typer.Option(help="JSON file: a list of {kind, tracking_id, key, value, reason}; see docs/site-guide.md.")
+    Path | None,
+    typer.Option(help="JSON file: a list of {kind, tracking_id, key, value, reason}; see docs/site-guide.md."),
 ]
 
 
