@@ -10,7 +10,7 @@ import io
 import traceback
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import lru_cache
 from pathlib import Path
@@ -550,7 +550,8 @@ def _as_revision(findings: Findings, job: StudyJob) -> Findings:
     last_read = _load(_FINDINGS, job.facts["read_findings"]) if job.facts.get("read_findings") else released
     if reports_the_same(last_read, findings):
         return released
-    return merge_rerun(released, findings, findings.created_at)
+    # Whose study it is was decided at the gates: a merge or a person may have given it another patient id since.
+    return merge_rerun(replace(released, patient=findings.patient), findings, findings.created_at)
 
 
 def _former_oru(job_id: str, result: Findings) -> bytes | None:

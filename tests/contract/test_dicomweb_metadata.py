@@ -44,8 +44,10 @@ async def client(orthanc: RunningOrthanc) -> AsyncIterator[DicomwebClient]:
 @pytest.fixture
 async def loaded(client: DicomwebClient) -> DicomwebClient:
     """A client of an Orthanc that has the whole real study."""
-    if not await client.search_studies({"StudyInstanceUID": STUDY_UID}):
-        await client.store([path for files in SERIES.values() for path in files], STUDY_UID)
+    files = [path for some in SERIES.values() for path in some]
+    uids = [str(pydicom.dcmread(path, specific_tags=["SOPInstanceUID"]).SOPInstanceUID) for path in files]
+    if len(await client.present(STUDY_UID, uids)) < len(uids):  # other tests may have brought a part of it
+        await client.store(files, STUDY_UID)
     return client
 
 
